@@ -1,0 +1,414 @@
+"""The one batched sampler: unguided or guided, used by rollouts, evaluation and ``generate``.
+
+Rows join and leave a running batch (continuous batching) and their keys and values live in a block pool. Each row draws
+from its own counter-based stream, so its tokens depend on its prompt and seed, not on the batch it happens to share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lenvm.errors import ContextTooLongError, InvalidRequestError
+from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward, use_paged_attention
+from lenvm.randomness import uniforms
+
+__all__ = [
+    "DEFAULT_CANDIDATES",
+    "FORCED_STOP_PROBABILITY",
+    "Candidates",
+    "Generation",
+    "Guide",
+    "Request",
+    "Sampler",
+    "SamplingParams",
+]
+
+DEFAULT_CANDIDATES = 16
+FORCED_STOP_PROBABILITY = 1e-3
+_PREFILL_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the generator samples. ``temperature`` 0 is greedy. ``top_k`` None means the whole vocabulary when unguided
+    and ``DEFAULT_CANDIDATES`` when guided. EOS always stays a candidate, whatever the truncation."""
+
+    temperature: float = 0.7
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, param: str, wanted: str) -> None:
+            if not ok:
+                raise InvalidRequestError(f"{param} must be {wanted}, got {getattr(self, param)!r}", param=param)
+
+        check(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "finite and at least 0")
+        check(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
+        check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(0 <= self.min_p < 1, "min_p", "in [0, 1)")
+        check(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """True if nothing is truncated, so that unguided sampling needs no candidate list."""
+        return self.top_k is None and self.top_p == 1.0 and self.min_p == 0.0 and self.temperature > 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation to make: a tokenised prompt and the seed of its random stream."""
+
+    prompt_ids: Sequence[int]
+    seed: int = 0
+
+
+@dataclass
+class Generation:
+    """What came out. ``text_cost``: log q - log p summed over sampled tokens, EOS included (nats, at the sampler's
+    temperature and truncation). ``logprob``: log p of the content tokens at temperature 1, full vocabulary (NaN where
+    the fast path does not keep it)."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+    forced_stop: bool = False
+    text_cost: float = 0.0
+    logprob: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Possible next tokens of ``B`` rows. ``logprobs``: natural log, full vocabulary, at the sampler's temperature."""
+
+    ids: NDArray[np.int64]  # [B, K]
+    logprobs: NDArray[np.float64]  # [B, K]
+    is_eos: NDArray[np.bool_]  # [B, K]
+    kept: NDArray[np.bool_]  # [B, K] False: padding, or cut by top-p / min-p
+    generated: NDArray[np.int64]  # [B] content tokens so far
+    raw_logprobs: NDArray[np.float64]  # [B, K] at temperature 1
+
+
+class Guide(Protocol):
+    """Adds log-weights to candidates. Rows are named by the request's index in the call."""
+
+    def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Rows begin to generate after these prompts."""
+
+    def log_weights(self, rows: Sequence[int], candidates: Candidates) -> NDArray[np.float64]:
+        """Finite ``[B, K]`` log-weights for the rows' candidates."""
+
+    def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Each row went on with this (content) token."""
+
+    def finish(self, rows: Sequence[int]) -> None:
+        """Rows ended; their states may go."""
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The tokens of one step, ``[B]`` each; log-probabilities at the sampler's temperature and at temperature 1."""
+
+    ids: NDArray[np.int64]
+    is_eos: NDArray[np.bool_]
+    logprobs: NDArray[np.float64]
+    raw_logprobs: NDArray[np.float64]
+    cost: NDArray[np.float64]
+
+
+@dataclass
+class _Slot:
+    index: int
+    request: Request
+    blocks: list[int]
+    length: int  # tokens whose keys and values are stored
+    pending: int  # the token to feed next
+    limit: int
+    result: Generation
+
+
+class Sampler:
+    """Continuous-batching sampler over one Hugging Face causal language model.
+
+    Args:
+        model: the generator; its attention is routed through the block pool.
+        eos_ids: ids that end an answer; the first is the one that is always a candidate.
+        max_rows: rows in flight at once.
+        pool_tokens: tokens of keys and values held at once. Default: enough for ``max_rows`` full contexts, up to 512k
+            tokens on the CPU and half of the free memory on CUDA.
+    """
+
+    def __init__(
+        self, model: Any, *, eos_ids: Sequence[int], max_rows: int = 64, pool_tokens: int | None = None
+    ) -> None:
+        use_paged_attention(model)
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.eos_ids = tuple(int(i) for i in eos_ids)
+        self.max_rows = max_rows
+        self.context = int(model.config.max_position_embeddings)
+        self.vocab_size = int(model.config.vocab_size)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        # Even one row must be able to reach the end of its context.
+        self.pool_tokens = max(pool_tokens or min(max_rows * self.context, self._affordable()), self.context + 128)
+        self._pool: BlockPool | None = None
+
+    def _affordable(self) -> int:
+        if self.device.type != "cuda":
+            return 1 << 19
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(0.5 * free) // PoolShape.of(self.model.config).token_bytes(self.dtype)
+
+    @property
+    def pool(self) -> BlockPool:
+        """The block pool, made on first use (on CUDA at full size: graphs need tensors that never move)."""
+        if self._pool is None:
+            size = 32
+            blocks = -(-self.pool_tokens // size) + 1
+            self._pool = BlockPool(
+                PoolShape.of(self.model.config),
+                max_blocks=blocks,
+                initial_blocks=blocks if self.device.type == "cuda" else None,
+                block_size=size,
+                device=self.device,
+                dtype=self.dtype,
+            )
+        return self._pool
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams | None = None,
+        *,
+        guide: Guide | None = None,
+        on_done: Callable[[int, Generation], None] | None = None,
+    ) -> list[Generation]:
+        """All answers, aligned with ``requests``. ``on_done(index, generation)`` is called as each one ends."""
+        results: list[Generation | None] = [None] * len(requests)
+        for index, generation in self.stream(requests, params, guide=guide):
+            results[index] = generation
+            if on_done is not None:
+                on_done(index, generation)
+        return [generation for generation in results if generation is not None]
+
+    @torch.inference_mode()
+    def stream(
+        self, requests: Sequence[Request], params: SamplingParams | None = None, *, guide: Guide | None = None
+    ) -> Iterator[tuple[int, Generation]]:
+        """Yield ``(index, generation)`` as answers end.
+
+        Raises:
+            InvalidRequestError: an empty prompt or an id out of range.
+            ContextTooLongError: a prompt that leaves no room for one token.
+        """
+        params = params or SamplingParams()
+        for request in requests:
+            self._check(request)
+        if self.device.type == "cuda" and guide is None and params.full_vocabulary:
+            from lenvm.decoding_cuda import stream_graphed
+
+            yield from stream_graphed(self, requests, params)
+            return
+        waiting = deque(enumerate(requests))
+        active: list[_Slot] = []
+        try:
+            while waiting or active:
+                started = self.admit(waiting, len(active), params)
+                if guide is not None and started:
+                    guide.start([slot.index for slot in started], [slot.request.prompt_ids for slot in started])
+                active += started
+                ended = self._step(active, params, guide)
+                if guide is not None and ended:
+                    guide.finish([slot.index for slot in ended])
+                for slot in ended:
+                    self.pool.release(slot.blocks)
+                active = [slot for slot in active if slot not in ended]
+                yield from ((slot.index, slot.result) for slot in ended)
+        finally:
+            # Reached early when the caller stops iterating or a guide raises: nothing may leak.
+            for slot in active:
+                self.pool.release(slot.blocks)
+            if guide is not None and active:
+                guide.finish([slot.index for slot in active])
+
+    def _check(self, request: Request) -> None:
+        ids = request.prompt_ids
+        if not len(ids):
+            raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise InvalidRequestError(f"token ids must be in [0, {self.vocab_size})", param="token_ids")
+        if len(ids) >= self.context:
+            raise ContextTooLongError(
+                f"the prompt has {len(ids)} tokens; the backbone's context is {self.context}: shorten the prompt",
+                param="prompt",
+            )
+
+    def admit(
+        self, waiting: deque[tuple[int, Request]], running: int, params: SamplingParams, reserve: int | None = None
+    ) -> list[_Slot]:
+        """Move requests from the queue into the batch, prefill them, and return their slots.
+
+        A slot reserves blocks for its prompt and ``reserve`` more tokens (default: all it may generate)."""
+        started: list[_Slot] = []
+        while waiting and running + len(started) < self.max_rows:
+            index, request = waiting[0]
+            limit = min(params.max_new_tokens, self.context - len(request.prompt_ids))
+            tokens = len(request.prompt_ids) + (limit if reserve is None else min(reserve, limit))
+            needed = self.pool.blocks_for(tokens)
+            if needed > self.pool.free_blocks and (running or started):
+                break
+            waiting.popleft()
+            slot = _Slot(index, request, self.pool.allocate(needed), 0, request.prompt_ids[-1], limit, Generation())
+            slot.result.seed = request.seed
+            started.append(slot)
+        self._prefill(started)
+        return started
+
+    def _prefill(self, slots: list[_Slot]) -> None:
+        """Store keys and values of all but the last prompt token; the first step feeds that one and gives its logits."""
+        batch: list[_Slot] = []
+        todo = sorted((slot for slot in slots if len(slot.request.prompt_ids) > 1), key=lambda s: len(s.request.prompt_ids))
+        for position, slot in enumerate(todo):
+            batch.append(slot)
+            following = todo[position + 1] if position + 1 < len(todo) else None
+            # Sorted by length, so the next prompt is the width of a batch that takes it in.
+            if following is None or (len(batch) + 1) * len(following.request.prompt_ids) > _PREFILL_TOKENS:
+                rows = [Row(s.blocks, 0, list(s.request.prompt_ids)[:-1]) for s in batch]
+                packed_forward(self.decoder, build_plan(self.pool, rows))
+                batch = []
+        for slot in slots:
+            slot.length = len(slot.request.prompt_ids) - 1
+
+    def _step(self, active: list[_Slot], params: SamplingParams, guide: Guide | None) -> list[_Slot]:
+        rows = [Row(slot.blocks, slot.length, [slot.pending]) for slot in active]
+        plan = build_plan(self.pool, rows)
+        output = self.model(
+            input_ids=plan.input_ids.unsqueeze(0), position_ids=plan.positions.unsqueeze(0), use_cache=False, plan=plan
+        )
+        logits = output.logits[0].float()
+        steps = torch.tensor([len(slot.result.token_ids) for slot in active])
+        draws = uniforms(torch.tensor([slot.request.seed for slot in active]), steps)
+        if guide is None and params.full_vocabulary:
+            return self._commit(active, self._draw_unguided(logits, params, draws), None)
+        candidates = self._candidates(logits, params, steps.numpy(), guided=guide is not None)
+        weights = np.zeros_like(candidates.logprobs)
+        if guide is not None:
+            weights = guide.log_weights([slot.index for slot in active], candidates)
+        chosen, cost = choose(candidates, weights, draws.numpy(), greedy=params.temperature == 0)
+
+        def pick(array: NDArray[Any]) -> NDArray[Any]:
+            return array[np.arange(len(chosen)), chosen]
+
+        drawn = _Drawn(
+            pick(candidates.ids), pick(candidates.is_eos), pick(candidates.logprobs), pick(candidates.raw_logprobs), cost
+        )
+        return self._commit(active, drawn, guide)
+
+    def _draw_unguided(self, logits: torch.Tensor, params: SamplingParams, draws: torch.Tensor) -> _Drawn:
+        ids = draw_token(logits, params.temperature, draws.to(logits.device))
+
+        def logprob(temperature: float) -> NDArray[np.float64]:
+            scaled = logits / temperature
+            picked = scaled.gather(-1, ids[:, None])[:, 0] - scaled.logsumexp(-1)
+            array: NDArray[np.float64] = picked.double().cpu().numpy()
+            return array
+
+        array = ids.cpu().numpy()
+        cost = np.zeros(len(array))
+        return _Drawn(array, np.isin(array, self.eos_ids), logprob(params.temperature), logprob(1.0), cost)
+
+    def _candidates(
+        self, logits: torch.Tensor, params: SamplingParams, generated: NDArray[np.int64], *, guided: bool
+    ) -> Candidates:
+        raw = torch.log_softmax(logits, dim=-1)
+        scaled = raw if params.temperature == 0 else torch.log_softmax(logits / params.temperature, dim=-1)
+        count = params.top_k or (DEFAULT_CANDIDATES if guided else self.vocab_size)
+        count = min(count, self.vocab_size)
+        if count == self.vocab_size:
+            ids = torch.arange(count, device=logits.device).expand(logits.shape)
+        else:
+            ids = scaled.topk(count, dim=-1).indices
+            eos = torch.full_like(ids[:, :1], self.eos_ids[0])
+            # Sorted by id: equal or nearly equal probabilities cannot reorder the draw between two batch shapes.
+            ids = torch.cat([ids, eos], dim=-1).sort(dim=-1).values
+        logprobs = scaled.gather(-1, ids).double().cpu().numpy()
+        raw_logprobs = raw.gather(-1, ids).double().cpu().numpy()
+        id_array = ids.cpu().numpy()
+        is_eos = np.isin(id_array, self.eos_ids)
+        kept = np.ones_like(is_eos)
+        kept[:, 1:] &= id_array[:, 1:] != id_array[:, :-1]  # EOS twice: once from the top-k, once added
+        truncated = kept & _survive(logprobs, kept, params)
+        kept = truncated | (kept & (id_array == self.eos_ids[0]))
+        return Candidates(id_array, logprobs, is_eos, kept, generated, raw_logprobs)
+
+    def _commit(self, active: list[_Slot], drawn: _Drawn, guide: Guide | None) -> list[_Slot]:
+        ended: list[_Slot] = []
+        going: list[_Slot] = []
+        for row, slot in enumerate(active):
+            slot.length += 1
+            result = slot.result
+            result.text_cost += float(drawn.cost[row])
+            if drawn.is_eos[row]:
+                result.finished = True
+                result.forced_stop = bool(drawn.logprobs[row] < math.log(FORCED_STOP_PROBABILITY))
+                ended.append(slot)
+                continue
+            slot.pending = int(drawn.ids[row])
+            result.token_ids.append(slot.pending)
+            result.logprob += float(drawn.raw_logprobs[row])
+            (ended if len(result.token_ids) >= slot.limit else going).append(slot)
+        if guide is not None and going:
+            guide.advance([slot.index for slot in going], [slot.pending for slot in going])
+        return ended
+
+
+def draw_token(logits: torch.Tensor, temperature: float, draws: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF sampling over the whole vocabulary: ``logits [B, vocabulary]``, uniforms ``[B]`` -> ids ``[B]``."""
+    weights = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    target = draws.to(weights.dtype)[:, None] * weights[:, -1:]
+    return torch.searchsorted(weights, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def _survive(logprobs: NDArray[np.float64], kept: NDArray[np.bool_], params: SamplingParams) -> NDArray[np.bool_]:
+    """Which candidates top-p and min-p leave."""
+    survive = np.ones_like(kept)
+    if params.min_p > 0:
+        survive &= logprobs >= logprobs.max(axis=-1, keepdims=True) + math.log(params.min_p)
+    if params.top_p < 1:
+        masked = np.where(kept, logprobs, -np.inf)
+        order = np.argsort(-masked, axis=-1, kind="stable")
+        ranked = np.take_along_axis(np.exp(masked), order, axis=-1)
+        before = np.cumsum(ranked, axis=-1) - ranked
+        keep = np.zeros_like(kept)
+        np.put_along_axis(keep, order, before < params.top_p, axis=-1)
+        survive &= keep
+    return survive
+
+
+def choose(
+    candidates: Candidates, weights: NDArray[np.float64], draws: NDArray[np.float64], *, greedy: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Sample one candidate a row from ``q ~ p exp(weight)``; also its ``log q - log p`` (both over the candidates)."""
+    base = np.where(candidates.kept, candidates.logprobs, -np.inf)
+    base = base - np.logaddexp.reduce(base, axis=-1, keepdims=True)
+    tilted = base + weights
+    tilted = tilted - np.logaddexp.reduce(tilted, axis=-1, keepdims=True)
+    if greedy:
+        chosen = tilted.argmax(axis=-1)
+        cost = np.zeros(len(chosen))
+    else:
+        cumulative = np.cumsum(np.exp(tilted), axis=-1)
+        chosen = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(axis=-1)
+        picked = chosen[:, None]
+        cost = (np.take_along_axis(tilted, picked, -1) - np.take_along_axis(base, picked, -1))[:, 0]
+    return chosen.astype(np.int64), cost

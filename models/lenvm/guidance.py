@@ -1,0 +1,385 @@
+"""From a length objective to log-weights: what guidance adds to each candidate's log-probability.
+
+*posterior* samples from ``p(y) u(L(y))``: ``log_weight(c) = strength * log sum_l P(l | c) u(g + l)`` and
+``log_weight(EOS) = strength * log u(g)``, with ``g`` the content tokens before the candidate and ``l`` the tokens that
+remain after it, EOS included, so that the answer has ``L = g + l`` content tokens.
+*paper* keeps the candidates that survive truncation and applies the rules of arXiv 2604.27039 to their values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lenvm.distribution import LengthBins, log_geometric_sum, log_pmf
+from lenvm.errors import InvalidRequestError
+from lenvm.returns import check_gamma, discounted_return, horizon_from_logit, value_from_logit
+
+__all__ = [
+    "LOG_WEIGHT_FLOOR",
+    "MAX_TARGET",
+    "Objective",
+    "check_objective",
+    "log_weights",
+    "resolve_scale",
+]
+
+FloatArray: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+
+LOG_WEIGHT_FLOOR = -1e4
+"""Lowest log-weight, in nats: as good as forbidden, and still finite on the wire."""
+MAX_TARGET = 1_000_000
+"""Longest target, in content tokens."""
+
+_MAX_RATE = 1e6  # bounds lambda and beta (nats a token), so that rate x length stays exact enough to be ordered
+_TOP_K, _TOP_P, _MIN_P = 15, 0.999, 0.01  # the paper's truncation; min-p for tilt, the others for hard rules
+_KINDS = ("equal_to", "at_most", "at_least", "tilt", "scale")
+_METHODS = ("posterior", "paper")
+_SPACES = ("value", "length")
+_WIRE_NAMES = {"lambda_": "lambda"}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What length is wanted. Every field is checked: InvalidRequestError carries the wire name in ``param``.
+
+    ``target`` (content tokens) belongs to equal_to, at_most and at_least; ``lambda_`` (nats a token, > 0 shortens) to
+    tilt by posterior; ``beta`` (< 0 shortens) to tilt by paper; ``factor`` (of the mean length) to scale.
+    ``tolerance`` is the relative softness of a target for posterior: ``u`` decays over ``max(1, tolerance * target)``
+    tokens. ``space`` is where paper's equal_to compares. ``strength`` multiplies the log-weight; 0 is no guidance.
+    """
+
+    kind: Literal["equal_to", "at_most", "at_least", "tilt", "scale"]
+    target: int | None = None
+    lambda_: float | None = None
+    beta: float | None = None
+    factor: float | None = None
+    tolerance: float = 0.05
+    method: Literal["posterior", "paper"] = "posterior"
+    strength: float = 1.0
+    space: Literal["value", "length"] = "value"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", _KINDS), ("method", _METHODS), ("space", _SPACES)):
+            if getattr(self, name) not in allowed:
+                raise _invalid(name, f"must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.kind == "scale" and self.method == "paper":
+            raise _invalid("method", "paper has no scale; use posterior, or tilt with beta")
+        if self.space == "length" and self.method != "paper":
+            raise _invalid("space", "length applies to method paper only; leave it out")
+        self._check_parameters()
+        object.__setattr__(self, "tolerance", _number(self.tolerance, "tolerance", low=0.0, high=_MAX_RATE))
+        object.__setattr__(self, "strength", _number(self.strength, "strength", low=0.0, high=_MAX_RATE))
+
+    def _check_parameters(self) -> None:
+        wanted = {"tilt": "beta" if self.method == "paper" else "lambda_", "scale": "factor"}.get(self.kind, "target")
+        for name in ("target", "lambda_", "beta", "factor"):
+            if name != wanted and getattr(self, name) is not None:
+                raise _invalid(name, f"does not apply to {self.kind} by {self.method}; give {_wire(wanted)} instead")
+        value = getattr(self, wanted)
+        if value is None:
+            raise _invalid(wanted, f"is needed for {self.kind} by {self.method}")
+        if wanted == "target":
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value <= MAX_TARGET:
+                raise _invalid("target", f"must be a whole number of tokens from 0 to {MAX_TARGET}, not {value!r}")
+            object.__setattr__(self, "target", int(value))
+            return
+        number = _number(value, wanted, low=0.0 if wanted == "factor" else -_MAX_RATE, high=_MAX_RATE)
+        if wanted == "factor" and number == 0.0:
+            raise _invalid("factor", "must be above 0; to stop at once use at_most with target 0")
+        object.__setattr__(self, wanted, number)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Wire form: parameters that are not set are left out."""
+        values = {_wire(field.name): getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Objective:
+        """From the wire form; null counts as not given. Raises InvalidRequestError, for unknown fields too."""
+        if not isinstance(data, Mapping):
+            raise InvalidRequestError("objective must be an object with a kind", param="objective")
+        names = {_wire(field.name): field.name for field in fields(cls)}
+        for name in data:
+            if name not in names:
+                raise InvalidRequestError(f"objective.{name} is unknown; use {', '.join(names)}", param=str(name))
+        if data.get("kind") is None:
+            raise _invalid("kind", f"is needed: one of {', '.join(_KINDS)}")
+        return cls(**{names[name]: value for name, value in data.items() if value is not None})
+
+
+def check_objective(
+    objective: Objective | None, *, bins: LengthBins | None, gamma: float, has_logprobs: bool = True
+) -> None:
+    """Raise InvalidRequestError where this model or this call cannot serve the objective; ``log_weights`` does so too.
+
+    A caller with many rows checks them one by one first, so that one bad row does not fail its neighbours.
+    """
+    if objective is None:
+        return
+    if objective.kind == "scale":
+        raise _invalid("kind", "scale must be resolved at the prompt boundary first (resolve_scale)")
+    if objective.method == "paper":
+        if not has_logprobs:
+            raise InvalidRequestError("method paper needs the candidates' logprobs; send them", param="logprobs")
+    elif bins is None and not _is_own_tilt(objective, gamma):
+        raise _invalid("method", "posterior needs a model with a length distribution (num_bins > 0); use paper")
+
+
+def log_weights(
+    objectives: Sequence[Objective | None],
+    value_logits: ArrayLike,
+    bin_logprobs: ArrayLike | None,
+    is_eos: ArrayLike,
+    generated: ArrayLike,
+    logprobs: ArrayLike | None,
+    *,
+    bins: LengthBins | None,
+    gamma: float,
+) -> FloatArray:
+    """Log-weights [B, K], finite and at least ``LOG_WEIGHT_FLOOR``; a row whose objective is None gets zeros.
+
+    value_logits [B, K] and bin_logprobs [B, K, n] belong to the state after each candidate (ignored where is_eos
+    [B, K]); generated [B] counts content tokens before the candidates. logprobs [B, K] (paper only) are natural logs,
+    full vocabulary, at the sampler's temperature, and must include the 15 likeliest tokens.
+    A row whose best log-weight leaves +-5000 nats is shifted as a whole (no sampler sees that), so that candidates keep
+    their order however far an answer is past its target. Non-finite inputs count as impossible candidates.
+    Raises InvalidRequestError for shapes that disagree and for what ``check_objective`` refuses.
+    """
+    logits = np.asarray(value_logits, dtype=np.float64)
+    eos = np.asarray(is_eos, dtype=np.bool_)
+    counts = np.asarray(generated)
+    log_p = None if logprobs is None else np.asarray(logprobs, dtype=np.float64)
+    bin_logp = None if bin_logprobs is None or bins is None else np.asarray(bin_logprobs, dtype=np.float64)
+    _check_shapes(len(objectives), logits, bin_logp, eos, counts, log_p, bins)
+    usable = None if bin_logp is None else bins
+    weights = np.zeros(logits.shape)
+    posterior: list[int] = []
+    paper: list[int] = []
+    for row, objective in enumerate(objectives):
+        check_objective(objective, bins=usable, gamma=gamma, has_logprobs=log_p is not None)
+        if objective is not None and objective.strength > 0.0:
+            (posterior if objective.method == "posterior" else paper).append(row)
+    for rows, is_paper in ((posterior, False), (paper, True)):
+        if not rows:
+            continue
+        chosen = [objective for row in rows if (objective := objectives[row]) is not None]
+        at: list[int] | slice = slice(None) if len(rows) == len(objectives) else rows  # a slice copies nothing
+        if is_paper and log_p is not None:
+            raw = _paper(chosen, logits[at], eos[at], counts[at], log_p[at], gamma)
+        else:
+            raw = _posterior(chosen, logits[at], None if bin_logp is None else bin_logp[at], eos[at], counts[at], bins)
+        weights[at] = _bounded(raw, np.array([objective.strength for objective in chosen]))
+    return weights
+
+
+def resolve_scale(objective: Objective, bin_logprobs: ArrayLike, bins: LengthBins) -> Objective:
+    """The tilt that a scale stands for: bin log-probs [n] at the prompt boundary fix lambda for the whole answer.
+
+    lambda makes the tilted mean of ``L = l - 1`` equal to ``factor`` x the mean (lengths past the cap count as
+    ``cap + 1``). Raises InvalidRequestError where no answer that the model thinks possible is that short or long.
+    """
+    if objective.kind != "scale" or objective.factor is None:
+        raise _invalid("kind", f"{objective.kind} needs no resolving; pass it to log_weights as it is")
+    logp = np.asarray(bin_logprobs, dtype=np.float64)
+    if logp.ndim != 1 or bool(np.isnan(logp).any()) or not float(logp.max(initial=-np.inf)) > -np.inf:
+        raise InvalidRequestError("scale needs one length distribution, the prompt's: log-probs [n]", param="factor")
+    per_length = log_pmf(logp, bins)
+    support = np.isfinite(per_length)
+    lengths = np.arange(len(per_length), dtype=np.float64)[support]  # content tokens, L = l - 1
+    per_length = per_length[support]
+
+    def tilted_mean(rate: float) -> float:
+        exponents = per_length - rate * lengths
+        mass = np.exp(exponents - exponents.max())
+        return float(mass @ lengths / mass.sum())
+
+    wanted = objective.factor * tilted_mean(0.0)
+    rate = 0.0 if objective.factor == 1.0 or wanted == 0.0 else _solve_decreasing(tilted_mean, wanted)
+    return replace(objective, kind="tilt", factor=None, lambda_=rate)
+
+
+def _solve_decreasing(mean: Any, wanted: float) -> float:
+    """The rate at which the decreasing function ``mean`` equals ``wanted``: doubling for a bracket, then bisection."""
+    sign = 1.0 if mean(0.0) > wanted else -1.0
+    near, far = 0.0, 1e-6
+    while (mean(sign * far) - wanted) * sign > 0.0:
+        near, far = far, 2.0 * far
+        if far > 1e3:
+            raise _invalid(
+                "factor", f"asks for a mean of {wanted:.4g} tokens, which is out of reach here; move it to 1"
+            )
+    while True:
+        middle = 0.5 * (near + far)
+        if not near < middle < far or far - near < 1e-15 * far:
+            return sign * middle
+        if (mean(sign * middle) - wanted) * sign > 0.0:
+            near = middle
+        else:
+            far = middle
+
+
+def _posterior(
+    objectives: Sequence[Objective],
+    logits: FloatArray,
+    bin_logp: FloatArray | None,
+    eos: BoolArray,
+    generated: NDArray[Any],
+    bins: LengthBins | None,
+) -> FloatArray:
+    """``log sum_l P(l | c) u(g + l)`` [P, K], ``log u(g)`` where EOS; -inf and NaN may occur."""
+    shape = np.array([_utility(objective) for objective in objectives])  # [P, 3]
+    pivot, left_rate, right_rate = (shape[:, i : i + 1] for i in range(3))
+    count = generated.astype(np.float64)[:, None]
+    if bin_logp is not None and bins is not None:
+        log_u = _log_mean_utility(pivot, left_rate, right_rate, count + bins.lo, count + bins.hi)  # [P, n]
+        terms = bin_logp + log_u[:, None, :]
+        peak = terms.max(axis=-1, keepdims=True)
+        peak = np.where(np.isfinite(peak), peak, 0.0)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            raw = peak[..., 0] + np.log(np.exp(terms - peak).sum(axis=-1))
+    else:  # only tilts at the model's own gamma get here: E[gamma^l] = 1 + V, exactly
+        raw = np.where(np.isfinite(logits), -np.logaddexp(0.0, np.nan_to_num(logits)) - right_rate * count, -np.inf)
+    past = np.where(count > pivot, right_rate, -left_rate) * (count - pivot)
+    weighted: FloatArray = np.where(eos, -past, raw)
+    return weighted
+
+
+def _utility(objective: Objective) -> tuple[float, float, float]:
+    """``u`` as (N, left, right): ``log u(L) = -left * (N - L)`` up to N and ``-right * (L - N)`` past it."""
+    if objective.kind == "tilt":
+        return 0.0, 0.0, float(objective.lambda_ or 0.0)
+    target = float(objective.target or 0)
+    rate = 1.0 / max(1.0, objective.tolerance * target)
+    return target, rate * (objective.kind != "at_most"), rate * (objective.kind != "at_least")
+
+
+def _log_mean_utility(
+    pivot: FloatArray, left_rate: FloatArray, right_rate: FloatArray, first: FloatArray, last: FloatArray
+) -> FloatArray:
+    """``log mean u(L)`` over whole L in first..last [P, n], for rows [P, 1] of ``_utility``.
+
+    Each side of the pivot is a geometric series, summed in closed form in log space: no table over lengths, and nothing
+    underflows however far the bin lies from the target.
+    """
+    left_top = np.minimum(last, pivot)
+    left = left_rate * (left_top - pivot) + log_geometric_sum(left_rate, np.maximum(left_top - first + 1.0, 0.0))
+    right_start = np.maximum(first, pivot + 1.0)
+    right_count = np.maximum(last - right_start + 1.0, 0.0)
+    right = right_rate * (pivot - right_start) + log_geometric_sum(right_rate, right_count)
+    return np.asarray(np.logaddexp(left, right) - np.log(last - first + 1.0), dtype=np.float64)
+
+
+def _paper(
+    objectives: Sequence[Objective],
+    logits: FloatArray,
+    eos: BoolArray,
+    generated: NDArray[Any],
+    logprobs: FloatArray,
+    gamma: float,
+) -> FloatArray:
+    """The paper's rules [P, K]: 0 for the one chosen candidate (tilt: ``-beta V`` for survivors), -inf for the rest."""
+    usable = np.isfinite(logits) | eos
+    logits = np.where(np.isfinite(logits), logits, 0.0)
+    values = np.where(eos, 0.0, value_from_logit(logits))
+    lengths = np.where(eos, 0.0, horizon_from_logit(logits, gamma))
+    tilt = np.array([objective.kind == "tilt" for objective in objectives])[:, None]
+    beta = np.array([objective.beta or 0.0 for objective in objectives])[:, None]
+    target = np.array([float(objective.target or 0) for objective in objectives])[:, None]
+    by_length = np.array([objective.space == "length" for objective in objectives])[:, None]
+    equal_to = np.array([objective.kind == "equal_to" for objective in objectives])[:, None]
+    at_least = np.array([objective.kind == "at_least" for objective in objectives])[:, None]
+
+    count = generated.astype(np.float64)[:, None]
+    remaining = np.maximum(target - count, 0.0)
+    distance = np.where(by_length, np.abs(lengths - remaining), np.abs(values - discounted_return(remaining, gamma)))
+    longest_first = at_least & (count < target)
+    cost = np.where(equal_to, distance, np.where(longest_first, values, -values))
+
+    logprobs = np.where(np.isfinite(logprobs), logprobs, -np.inf)
+    survives = np.where(tilt, _survives_min_p(logprobs), _survives_top_k_top_p(logprobs)) & usable
+    cost = np.where(survives, cost, np.inf)
+    best = cost <= cost.min(axis=-1, keepdims=True) + 1e-12  # float noise must not decide between equals
+    chosen = np.argmax(np.where(best & survives, logprobs, -np.inf), axis=-1)
+    is_chosen = survives & (np.arange(cost.shape[1]) == chosen[:, None])
+    return np.where(np.where(tilt, survives, is_chosen), np.where(tilt, -beta * values, 0.0), -np.inf)
+
+
+def _survives_top_k_top_p(logprobs: FloatArray) -> BoolArray:
+    """Top-k, then top-p of what top-k left (renormalised, as samplers chain them): [P, K] -> [P, K]."""
+    order = np.argsort(-logprobs, axis=-1, kind="stable")[:, :_TOP_K]
+    top = np.take_along_axis(logprobs, order, axis=-1)
+    mass = np.exp(top - np.where(np.isfinite(top[:, :1]), top[:, :1], 0.0))
+    before = np.cumsum(mass, axis=-1) - mass
+    survives = np.zeros(logprobs.shape, dtype=np.bool_)
+    kept = (before < _TOP_P * mass.sum(axis=-1, keepdims=True)) & (mass > 0.0)
+    np.put_along_axis(survives, order, kept, axis=-1)
+    return survives
+
+
+def _survives_min_p(logprobs: FloatArray) -> BoolArray:
+    """At least ``min-p`` times as likely as the likeliest: [P, K] -> [P, K]."""
+    survives: BoolArray = logprobs >= logprobs.max(axis=-1, keepdims=True) + math.log(_MIN_P)
+    return survives & np.isfinite(logprobs)
+
+
+def _bounded(raw: FloatArray, strength: FloatArray) -> FloatArray:
+    """``strength`` [P] times raw [P, K], finite: non-finite entries and hopeless candidates stand at the floor."""
+    raw = np.where(np.isfinite(raw), raw, -np.inf)
+    best = raw.max(axis=-1, keepdims=True)
+    best = np.where(np.isfinite(best), best, 0.0)
+    top = strength[:, None] * best
+    top = np.where(np.abs(top) > -0.5 * LOG_WEIGHT_FLOOR, 0.0, top)
+    return np.maximum(strength[:, None] * (raw - best) + top, LOG_WEIGHT_FLOOR)
+
+
+def _is_own_tilt(objective: Objective, gamma: float) -> bool:
+    """Whether the value itself is the tilting weight: tilt at ``lambda = -ln gamma``."""
+    own_rate = -math.log(check_gamma(gamma))
+    return objective.kind == "tilt" and objective.lambda_ is not None and abs(objective.lambda_ - own_rate) <= 1e-9
+
+
+def _check_shapes(
+    rows: int,
+    logits: FloatArray,
+    bin_logp: FloatArray | None,
+    eos: BoolArray,
+    generated: NDArray[Any],
+    logprobs: FloatArray | None,
+    bins: LengthBins | None,
+) -> None:
+    if logits.ndim != 2 or logits.shape[0] != rows or logits.shape[1] == 0:
+        raise InvalidRequestError(
+            f"value_logits must be [{rows}, K] with K > 0, not {logits.shape}", param="candidates"
+        )
+    if eos.shape != logits.shape:
+        raise InvalidRequestError(f"is_eos must be {logits.shape}, not {eos.shape}", param="is_eos")
+    if logprobs is not None and logprobs.shape != logits.shape:
+        raise InvalidRequestError(f"logprobs must be {logits.shape}, not {logprobs.shape}", param="logprobs")
+    if bin_logp is not None and bins is not None and bin_logp.shape != (*logits.shape, bins.size):
+        shape = (*logits.shape, bins.size)
+        raise InvalidRequestError(f"bin_logprobs must be {shape}, not {bin_logp.shape}", param="bin_logprobs")
+    if generated.shape != (rows,) or generated.dtype.kind not in "iu" or bool((generated < 0).any()):
+        raise InvalidRequestError(f"generated must be {rows} whole numbers, zero or more", param="generated")
+
+
+def _number(value: Any, name: str, *, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise _invalid(name, f"must be a number, not {value!r}")
+    if not low <= value <= high:  # NaN fails every comparison
+        raise _invalid(name, f"must be a finite number from {low:g} to {high:g}, not {value!r}")
+    return float(value)
+
+
+def _wire(name: str) -> str:
+    return _WIRE_NAMES.get(name, name)
+
+
+def _invalid(name: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"objective.{_wire(name)} {problem}", param=_wire(name))

@@ -1,0 +1,210 @@
+"""One packed, tree-masked forward of any Hugging Face decoder over paged prefixes.
+
+A call carries rows. A row is a cached prefix, a tail of new tokens that extend it, and candidates: possible next tokens.
+All tokens of all rows travel through the backbone side by side as one sequence ``[1, tokens]``; only attention knows the
+rows. A tail token sees the prefix and the tail up to itself; a candidate sees the prefix, the whole tail and itself, at the
+position right after the tail (the tree mask). The backbone finds this function through transformers' attention
+interface, and gets the plan as a keyword argument that its layers hand on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from lenvm.errors import BackboneError
+from lenvm.paged.pool import BlockPool
+
+__all__ = ["ATTENTION", "Plan", "Row", "attend", "build_plan", "packed_forward", "use_paged_attention"]
+
+ATTENTION = "lenvm_paged"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a call. ``blocks`` must already cover ``prefix_len + len(tail)`` tokens."""
+
+    blocks: Sequence[int]
+    prefix_len: int
+    tail: Sequence[int] = ()
+    candidates: Sequence[int] = ()
+
+
+@dataclass
+class Plan:
+    """Where every token of a packed forward stands. ``N`` tokens, ``B`` rows, ``T`` = longest row, ``S`` = prefix slots."""
+
+    pool: BlockPool
+    input_ids: torch.Tensor  # [N]
+    positions: torch.Tensor  # [N]
+    tables: torch.Tensor  # [B, blocks] block ids, padded with block 0
+    prefix_lens: torch.Tensor  # [B]
+    write_tokens: torch.Tensor | None  # [W] which tokens are stored ...
+    write_blocks: torch.Tensor | None  # [W] ... and where
+    write_offsets: torch.Tensor | None  # [W]
+    rows: int
+    width: int  # T
+    starts: torch.Tensor  # [B + 1] first token of each row
+    pad: torch.Tensor | None = None  # [B, T] token of each padded place; None where all rows have T tokens
+    unpad: torch.Tensor | None = None  # [N] padded place of each token
+    mask: torch.Tensor | None = None  # [B, 1, T, S + T]; None: the step kernel needs none
+    capture: torch.Tensor | None = None  # [C] tokens whose keys and values come back (candidates)
+    captured_keys: list[torch.Tensor] = field(default_factory=list)  # per layer [C, kv_heads, head_dim]
+    captured_values: list[torch.Tensor] = field(default_factory=list)
+
+
+def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) -> Plan:
+    """Lay out ``rows`` for one forward; tokens are ordered row by row, tail before candidates."""
+    device, size = pool.device, pool.block_size
+    lengths = np.array([len(row.tail) + len(row.candidates) for row in rows])
+    tails = np.array([len(row.tail) for row in rows])
+    prefixes = np.array([row.prefix_len for row in rows])
+    width, total = int(lengths.max()), int(lengths.sum())
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    ids = np.concatenate([np.asarray([*row.tail, *row.candidates], dtype=np.int64) for row in rows])
+    row_of = np.repeat(np.arange(len(rows)), lengths)
+    local = np.arange(total) - starts[row_of]
+    is_tail = local < tails[row_of]
+    positions = prefixes[row_of] + np.minimum(local, tails[row_of])
+
+    slots = pool.blocks_for(int(prefixes.max()))
+    tables = np.zeros((len(rows), max(1, slots)), dtype=np.int64)
+    for index, row in enumerate(rows):
+        held = row.blocks[: pool.blocks_for(row.prefix_len)]
+        tables[index, : len(held)] = held
+    written = np.flatnonzero(is_tail)
+    blocks = np.fromiter((rows[row_of[t]].blocks[positions[t] // size] for t in written), np.int64, len(written))
+
+    def tensor(array: Any) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    ragged = bool((lengths != width).any())
+    pad = np.where(np.arange(width) < lengths[:, None], starts[:, None] + np.arange(width), 0)
+    chosen = np.flatnonzero(~is_tail)
+    # A decoding step: every new token sees its prefix and itself alone, so the mask is implied.
+    step = device.type == "cuda" and (bool((tails == 0).all()) or width == 1)
+    return Plan(
+        pool=pool,
+        input_ids=tensor(ids),
+        positions=tensor(positions),
+        tables=tensor(tables),
+        prefix_lens=tensor(prefixes),
+        write_tokens=tensor(written) if len(written) else None,
+        write_blocks=tensor(blocks) if len(written) else None,
+        write_offsets=tensor(positions[written] % size) if len(written) else None,
+        rows=len(rows),
+        width=width,
+        starts=tensor(np.append(starts, total)),
+        pad=tensor(pad) if ragged else None,
+        unpad=tensor(row_of * width + local) if ragged else None,
+        mask=None if step else tensor(_tree_mask(prefixes, tails, lengths, slots * size)),
+        capture=tensor(chosen) if capture and len(chosen) else None,
+    )
+
+
+def _tree_mask(prefixes: Any, tails: Any, lengths: Any, slots: int) -> Any:
+    """``[B, 1, T, slots + T]``: which keys (cached slots, then the row's own new tokens) each new token may see."""
+    width = int(lengths.max())
+    place = np.arange(width)
+    cached = np.broadcast_to((np.arange(slots) < prefixes[:, None])[:, None, :], (len(prefixes), width, slots))
+    query, key = place[None, :, None], place[None, None, :]
+    tail = tails[:, None, None]
+    own = np.where(query < tail, key <= query, (key < tail) | (key == query))
+    # A padded place sees itself, so that no row of the softmax is empty.
+    own = np.where(query < lengths[:, None, None], own, key == query)
+    return np.concatenate([cached, own], axis=2)[:, None]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    plan: Plan,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention interface of transformers: ``query [1, heads, N, D]``, ``key``/``value [1, kv_heads, N, D]``
+    -> ``[1, N, heads, D]``. Stores the tail's keys and values in the pool and captures the candidates'."""
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    pool = plan.pool
+    keys, values = key[0], value[0]
+    if plan.capture is not None:
+        plan.captured_keys.append(keys[:, plan.capture].transpose(0, 1))
+        plan.captured_values.append(values[:, plan.capture].transpose(0, 1))
+    if plan.mask is None:
+        from lenvm.paged.kernels import step_attention
+
+        cache = (pool.keys[layer], pool.values[layer], plan.tables, plan.prefix_lens)
+        out = step_attention(query[0], keys, values, *cache, plan.starts, plan.width, scaling)
+    else:
+        out = _masked_attention(query[0], keys, values, plan, layer, scaling)
+    if plan.write_tokens is not None:
+        # After attention: the masked path reads this row's new tokens from ``keys``, never from the pool.
+        stored = slice(None) if plan.write_tokens.numel() == keys.shape[1] else plan.write_tokens
+        pool.keys[layer][plan.write_blocks, :, plan.write_offsets] = keys.transpose(0, 1)[stored].to(pool.dtype)
+        pool.values[layer][plan.write_blocks, :, plan.write_offsets] = values.transpose(0, 1)[stored].to(pool.dtype)
+    return out.unsqueeze(0), None
+
+
+def _masked_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: Plan, layer: int, scaling: float
+) -> torch.Tensor:
+    """The readable path, right on every device: gather, pad, one masked softmax. ``[heads, N, D] -> [N, heads, D]``."""
+    heads, _, dim = query.shape
+    kv_heads = keys.shape[0]
+
+    def padded(x: torch.Tensor) -> torch.Tensor:  # [h, N, D] -> [B, h, T, D]
+        flat = x if plan.pad is None else x[:, plan.pad.reshape(-1)]
+        return flat.view(x.shape[0], plan.rows, plan.width, dim).transpose(0, 1)
+
+    q, k, v = padded(query), padded(keys), padded(values)
+    slots = plan.mask.shape[-1] - plan.width if plan.mask is not None else 0
+    if slots:
+
+        def prefix(blocks: torch.Tensor) -> torch.Tensor:  # [B, M, h, size, D] -> [B, h, slots, D]
+            return blocks[plan.tables].transpose(1, 2).reshape(plan.rows, kv_heads, -1, dim).to(query.dtype)
+
+        k = torch.cat([prefix(plan.pool.keys[layer]), k], dim=2)
+        v = torch.cat([prefix(plan.pool.values[layer]), v], dim=2)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, scale=scaling, enable_gqa=heads != kv_heads)
+    flat = out.transpose(1, 2).reshape(plan.rows * plan.width, heads, dim)
+    return flat if plan.unpad is None else flat[plan.unpad]
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+def use_paged_attention(model: Any) -> None:
+    """Route a Hugging Face decoder's attention through :func:`attend`.
+
+    Raises:
+        BackboneError: the architecture does not use transformers' attention interface, or uses sliding windows.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise BackboneError(
+            f"backbone {config.model_type!r} has layers of kind {sorted(kinds)}: only full causal attention can be paged"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise BackboneError(f"backbone {config.model_type!r} does not use transformers' attention interface")
+    model.set_attn_implementation(ATTENTION)
+
+
+def packed_forward(decoder: Any, plan: Plan) -> torch.Tensor:
+    """Run the decoder (no language-model head) over the plan; last hidden states ``[N, hidden]``."""
+    output = decoder(
+        input_ids=plan.input_ids.unsqueeze(0), position_ids=plan.positions.unsqueeze(0), use_cache=False, plan=plan
+    )
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden

@@ -1,0 +1,156 @@
+"""Keys and values of prefix states in fixed-size blocks, shared by reference count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lenvm.errors import PoolExhaustedError
+
+__all__ = ["BlockPool", "PoolShape"]
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """What one token costs: ``layers x kv_heads x head_dim`` keys and as many values."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> PoolShape:
+        """Read the shape from a Hugging Face decoder config."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim)
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that one token takes."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+class BlockPool:
+    """``keys[layer]`` and ``values[layer]`` are ``[blocks, kv_heads, block_size, head_dim]``.
+
+    Block 0 is never handed out: padded rows write and read there. A block may belong to several prefix states at once.
+    Blocks are append-only: ``fork`` lets the first child of a state go on in its half-filled last block and gives every
+    later child a copy (copy-on-write), so what a state refers to never changes. The pool starts small and
+    doubles up to ``max_blocks``; with ``initial_blocks == max_blocks`` the tensors never move, which CUDA graphs need.
+    """
+
+    def __init__(
+        self,
+        shape: PoolShape,
+        *,
+        max_blocks: int,
+        initial_blocks: int | None = None,
+        block_size: int = 32,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shape = shape
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.num_blocks = min(initial_blocks or 64, max_blocks)
+        self.keys = [self._new(self.num_blocks) for _ in range(shape.layers)]
+        self.values = [self._new(self.num_blocks) for _ in range(shape.layers)]
+        self._free = list(range(self.num_blocks - 1, 0, -1))
+        self._references = np.zeros(self.num_blocks, dtype=np.int64)
+        self._filled = np.zeros(self.num_blocks, dtype=np.int64)
+
+    def _new(self, blocks: int) -> torch.Tensor:
+        # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN of stale memory is NaN.
+        size = (blocks, self.shape.kv_heads, self.block_size, self.shape.head_dim)
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can still be handed out, growth included."""
+        return len(self._free) + self.max_blocks - self.num_blocks
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that at least one state holds."""
+        return int((self._references > 0).sum())
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that ``tokens`` tokens fill, the last perhaps in part."""
+        return -(-tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """Hand out ``count`` blocks, each with one reference.
+
+        Raises:
+            PoolExhaustedError: fewer than ``count`` blocks are left; nothing is handed out.
+        """
+        if count > self.free_blocks:
+            raise PoolExhaustedError(
+                f"the prefix pool has {self.free_blocks} free blocks of {self.block_size} tokens but {count} are needed: "
+                "close states, score fewer rows at once or raise the pool size"
+            )
+        while count > len(self._free):
+            self._grow()
+        blocks = [self._free.pop() for _ in range(count)]
+        self._references[blocks] = 1
+        self._filled[blocks] = 0
+        return blocks
+
+    def _grow(self) -> None:
+        grown = min(2 * self.num_blocks, self.max_blocks)
+        extra = grown - self.num_blocks
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = torch.cat([tensor, self._new(extra)])
+        self._free = list(range(grown - 1, self.num_blocks - 1, -1)) + self._free
+        self._references = np.concatenate([self._references, np.zeros(extra, dtype=np.int64)])
+        self._filled = np.concatenate([self._filled, np.zeros(extra, dtype=np.int64)])
+        self.num_blocks = grown
+
+    def retain(self, blocks: Iterable[int]) -> None:
+        """Add one reference to each block."""
+        for block in blocks:
+            self._references[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop one reference of each block; a block without references is free again."""
+        for block in blocks:
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free.append(block)
+
+    def fork(self, blocks: Sequence[int], length: int, count: int) -> list[int]:
+        """Blocks of a child: the parent's first ``length`` tokens, shared, and room for ``count`` more.
+
+        Raises:
+            PoolExhaustedError: the pool is full; no reference has changed.
+        """
+        shared = list(blocks[: self.blocks_for(length)])
+        used = length % self.block_size
+        copied = count > 0 and used > 0 and self._filled[shared[-1]] != used
+        fresh = self.allocate(self.blocks_for(length + count) - len(shared) + (1 if copied else 0))
+        if copied:
+            source, target = shared.pop(), fresh[0]
+            for layer in range(self.shape.layers):
+                self.keys[layer][target] = self.keys[layer][source]
+                self.values[layer][target] = self.values[layer][source]
+        self.retain(shared)
+        child = shared + fresh
+        for index in range(length // self.block_size, len(child)):
+            self._filled[child[index]] = min(self.block_size, length + count - index * self.block_size)
+        return child
+
+    def slot(self, blocks: Sequence[int], position: int) -> tuple[int, int]:
+        """Where token ``position`` of a state lives: ``(block, offset in the block)``."""
+        return blocks[position // self.block_size], position % self.block_size
+
+    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store one token. ``keys`` and ``values`` are ``[layers, kv_heads, head_dim]``."""
+        for layer in range(self.shape.layers):
+            self.keys[layer][block, :, offset] = keys[layer]
+            self.values[layer][block, :, offset] = values[layer]

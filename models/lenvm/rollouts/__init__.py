@@ -1,0 +1,25 @@
+"""Rollouts: sampled answers with their lengths, stored in sharded Parquet."""
+
+from __future__ import annotations
+
+from lenvm.rollouts.store import (
+    Rollout,
+    RolloutSet,
+    RolloutSummary,
+    RolloutWriter,
+    completed,
+    histogram,
+    read_rollouts,
+    summary,
+)
+
+__all__ = [
+    "Rollout",
+    "RolloutSet",
+    "RolloutSummary",
+    "RolloutWriter",
+    "completed",
+    "histogram",
+    "read_rollouts",
+    "summary",
+]

@@ -1,0 +1,106 @@
+"""Make rollouts: sample every prompt several times and store the answers as they end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lenvm.backbones import backbone_sha256, encode_chat, load_backbone, load_tokenizer, resolve_backbone
+from lenvm.decoding import Request, Sampler, SamplingParams
+from lenvm.errors import BackboneError
+from lenvm.prompts import Prompt
+from lenvm.rollouts.records import Rollout, RolloutSet
+from lenvm.rollouts.store import RolloutWriter, completed, read_rollouts
+
+__all__ = ["LocalGenerator", "sample_rollouts", "stream_seed"]
+
+
+def stream_seed(prompt_id: str, sample: int, seed: int) -> int:
+    """Seed of one answer's random stream: a function of the prompt, the sample's number and the run's seed alone."""
+    digest = hashlib.sha256(f"{seed}:{sample}:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
+
+
+class LocalGenerator:
+    """A backbone on this machine that generates: tokenizer, weights and the batched sampler.
+
+    Args:
+        backbone: a name, folder or hub id.
+        device: ``cpu`` or ``cuda``; bfloat16 on CUDA, float32 on the CPU.
+        max_rows: answers in flight at once.
+    """
+
+    def __init__(self, backbone: str, *, device: str = "cpu", max_rows: int | None = None) -> None:
+        self.name = backbone
+        folder = resolve_backbone(backbone)
+        self.sha256 = backbone_sha256(folder)
+        self.tokenizer = load_tokenizer(folder)
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        self.model = load_backbone(folder, dtype=dtype, device=device)
+        self.eos_ids = _eos_ids(self.model, self.tokenizer)
+        rows = max_rows or (1024 if device.startswith("cuda") else 64)
+        self.sampler = Sampler(self.model, eos_ids=self.eos_ids, max_rows=rows)
+
+    def describe(self, params: SamplingParams) -> dict[str, Any]:
+        """What identifies the policy: stored with rollouts, so that two policies never mix in a folder."""
+        return {"backbone": self.name, "sha256": self.sha256, **asdict(params)}
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    found = [int(i) for i in ids if i is not None] or [tokenizer.eos_token_id]
+    if found[0] is None:
+        raise BackboneError("the backbone names no end-of-sequence token: its answers would never end")
+    return tuple(found)
+
+
+def sample_rollouts(
+    generator: LocalGenerator,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    samples: int,
+    params: SamplingParams,
+    seed: int = 0,
+    max_prompt_tokens: int = 1024,
+    on_done: Callable[[int, int], None] | None = None,
+) -> RolloutSet:
+    """Sample ``samples`` answers of each prompt into ``folder``; what is already there is kept, so a rerun goes on.
+
+    Prompts of more than ``max_prompt_tokens`` tokens are left out. ``on_done(answers, tokens)`` reports progress; its
+    first call tells how many answers were there before.
+    """
+    description = generator.describe(params) | {"samples": samples, "seed": seed}
+    done = completed(folder, description)
+    keys, requests = [], []
+    for prompt in prompts:
+        ids = encode_chat(generator.tokenizer, prompt.text)
+        if len(ids) > max_prompt_tokens:
+            continue
+        for sample in range(samples):
+            stream = stream_seed(prompt.id, sample, seed)
+            if (prompt.id, stream) not in done:
+                keys.append(prompt)
+                requests.append(Request(ids, stream))
+    if on_done:
+        on_done(len(done), 0)
+    with RolloutWriter(folder, description) as writer:
+        for index, generation in generator.sampler.stream(requests, params):
+            prompt, request = keys[index], requests[index]
+            writer.add(
+                Rollout(
+                    prompt_id=prompt.id,
+                    domain=prompt.domain,
+                    prompt_ids=list(request.prompt_ids),
+                    token_ids=generation.token_ids,
+                    finished=generation.finished,
+                    seed=request.seed,
+                )
+            )
+            if on_done:
+                on_done(1, len(generation.token_ids))
+    return read_rollouts(folder)

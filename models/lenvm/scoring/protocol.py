@@ -1,0 +1,93 @@
+"""What every scoring engine offers, whatever runs the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lenvm.distribution import LengthBins
+
+__all__ = ["PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats"]
+
+
+@runtime_checkable
+class PrefixState(Protocol):
+    """Immutable handle on a scored prefix. Closing it frees its share of the cache; garbage collection does so too."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the prefix."""
+
+    @property
+    def logit(self) -> float:
+        """Value logit z at the end of the prefix (V = -sigmoid(z))."""
+
+    @property
+    def bin_logprobs(self) -> NDArray[np.float64] | None:
+        """Log-probabilities over the length bins ``[n]`` at the end of the prefix."""
+
+    def close(self) -> None:
+        """Let go of the cached keys and values. A closed state cannot be scored again."""
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One row of a call: go on from ``state`` (None: from nothing) with ``append``, then score ``candidates``.
+
+    ``values_from``: also give the values after each appended token from this index on (None: after the last only).
+    """
+
+    state: PrefixState | None = None
+    append: Sequence[int] = ()
+    candidates: Sequence[int] = ()
+    values_from: int | None = None
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Answer of a row. ``T`` = scored places of ``append`` (1 unless ``values_from`` was given), ``K`` candidates."""
+
+    state: PrefixState
+    logits: NDArray[np.float64]  # [T] value logits
+    bin_logprobs: NDArray[np.float64] | None  # [T, n]
+    candidate_logits: NDArray[np.float64]  # [K]
+    candidate_bin_logprobs: NDArray[np.float64] | None  # [K, n]
+    cached_tokens: int  # tokens of the prefix that needed no computation
+
+
+@dataclass
+class ScorerStats:
+    """Work done so far: ``forwards`` calls of the backbone, ``tokens`` through it, ``promoted`` tokens that cost none."""
+
+    forwards: int = 0
+    tokens: int = 0
+    promoted: int = 0
+
+
+class Scorer(Protocol):
+    """An engine for one model. Not thread-safe: one thread owns it."""
+
+    stats: ScorerStats
+
+    @property
+    def gamma(self) -> float:
+        """Discount of the value."""
+
+    @property
+    def bins(self) -> LengthBins | None:
+        """Bins of the length distribution; None for a value head alone."""
+
+    @property
+    def context(self) -> int:
+        """Longest prefix in tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are in ``[0, vocab_size)``."""
+
+    def score(self, rows: Sequence[ScoreRow]) -> list[RowScore]:
+        """Answer all rows, aligned, in one forward where they fit the token budget."""

@@ -1,0 +1,189 @@
+"""``lenvm generate``: answers of the length that is wanted, by the backbone itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from lenvm_service.cli._objective import ObjectiveOptions
+from lenvm_service.cli._options import (
+    DEFAULT_MODEL,
+    BackboneOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    TokenIdsOption,
+    read_text,
+)
+from lenvm_service.cli._output import (
+    number,
+    print_json,
+    print_warnings,
+    printable,
+    stdout_console,
+    table,
+    title,
+)
+from lenvm_service.cli._session import encode_prompt, load_generator, load_scorer, need, sample
+
+if TYPE_CHECKING:
+    from lenvm.decoding import Generation
+    from lenvm.guidance import Objective
+
+__all__ = ["command", "generation_fields", "length_score_of"]
+
+_TARGETS = "Objective"
+_SAMPLING = "Sampling"
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from stdin.")],
+    equal_to: Annotated[
+        int | None, typer.Option("--equal-to", metavar="N", help="N content tokens.", rich_help_panel=_TARGETS)
+    ] = None,
+    at_most: Annotated[
+        int | None, typer.Option("--at-most", metavar="N", help="N content tokens or fewer.", rich_help_panel=_TARGETS)
+    ] = None,
+    at_least: Annotated[
+        int | None, typer.Option("--at-least", metavar="N", help="N content tokens or more.", rich_help_panel=_TARGETS)
+    ] = None,
+    tilt: Annotated[
+        float | None,
+        typer.Option(
+            "--tilt",
+            metavar="X",
+            rich_help_panel=_TARGETS,
+            help="posterior: lambda in nats a token, weight exp(-X L), X > 0 shortens (try 0.01). "
+            "paper: beta, weight exp(-X V), X < 0 shortens (try -20).",
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option("--scale", metavar="C", help="C times the mean length (posterior).", rich_help_panel=_TARGETS),
+    ] = None,
+    method: Annotated[
+        Literal["posterior", "paper"] | None,
+        typer.Option(
+            "--method",
+            rich_help_panel=_TARGETS,
+            help="posterior samples the model's own answers of that length (default); paper is the paper's rule.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", help="Softness of a target, relative to it (0.05).", rich_help_panel=_TARGETS),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="Factor on the log-weights (1).", rich_help_panel=_TARGETS)
+    ] = None,
+    space: Annotated[
+        Literal["value", "length"] | None,
+        typer.Option("--space", help="Where paper's --equal-to compares (value).", rich_help_panel=_TARGETS),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="Default: that of the model's generator.", rich_help_panel=_SAMPLING),
+    ] = None,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            "--top-k", min=0, rich_help_panel=_SAMPLING, help="Candidates, EOS beside them; 0: all (unguided only)."
+        ),
+    ] = 16,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, rich_help_panel=_SAMPLING)] = 1024,
+    n: Annotated[int, typer.Option("--n", min=1, max=1024, help="Answers.", rich_help_panel=_SAMPLING)] = 1,
+    seed: SeedOption = 0,
+    model: ModelOption = DEFAULT_MODEL,
+    backbone: BackboneOption = None,
+    device: DeviceOption = "cpu",
+    token_ids: TokenIdsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate with the backbone, steered by its length value model; without an objective, unguided.
+
+    Guided and unguided answers are sampled alike, from the 16 likeliest tokens and EOS, so that they can be compared.
+    Targets count content tokens (EOS excluded). Text cost is what guidance cost in nats a sequence: log q - log p.
+    """
+    options = ObjectiveOptions(equal_to, at_most, at_least, tilt, scale, method, tolerance, strength, space)
+    options.check(max_new_tokens)
+    need("serve")
+    objective = options.build()
+    if objective is not None and top_k == 0:
+        raise typer.BadParameter(
+            "0 is for unguided answers only: guidance scores every candidate", param_hint="--top-k"
+        )
+    from lenvm.decoding import Request, SamplingParams
+    from lenvm.guides import ValueGuide
+
+    loaded, scorer = load_scorer(model, device=device)
+    ids = encode_prompt(loaded.tokenizer, read_text(prompt), token_ids=token_ids)
+    guide = None if objective is None else ValueGuide(scorer, [objective] * n)
+    if temperature is None:
+        temperature = loaded.config.generator.temperature
+    params = SamplingParams(temperature=temperature, top_k=top_k or None, max_new_tokens=max_new_tokens)
+    generator, warnings = load_generator(loaded, backbone, device=device)
+    requests = [Request(ids, seed + index) for index in range(n)]
+    generations = sample(generator, requests, params, guide)
+    rows = [
+        {"index": index, **generation_fields(generation, objective, loaded.tokenizer)}
+        for index, generation in enumerate(generations)
+    ]
+    print_warnings(warnings)
+    if as_json:
+        sampling = {"temperature": temperature, "top_k": top_k or None, "max_new_tokens": max_new_tokens}
+        wire = None if objective is None else objective.to_dict()
+        head = {"model": loaded.config.name, "backbone": generator.name, "prompt_tokens": len(ids), "objective": wire}
+        print_json({**head, "sampling": sampling, "generations": rows, "warnings": warnings})
+    else:
+        _print_answers(rows, objective)
+
+
+def length_score_of(objective: Objective | None, length: int) -> float | None:
+    """LIFEBench's length score, 0 to 100; None for an objective without a target above 0."""
+    from lenvm.evaluation.lifebench import length_score
+
+    if objective is None or not objective.target:
+        return None
+    if objective.kind == "equal_to" or objective.kind == "at_most" or objective.kind == "at_least":
+        return length_score(length, objective.target, objective.kind)
+    return None
+
+
+def generation_fields(generation: Generation, objective: Objective | None, tokenizer: Any) -> dict[str, Any]:
+    """One answer as JSON: text, content tokens, and what guidance did."""
+    return {
+        "text": tokenizer.decode(generation.token_ids),
+        "token_ids": generation.token_ids,
+        "content_tokens": len(generation.token_ids),
+        "length_score": length_score_of(objective, len(generation.token_ids)),
+        "text_cost": generation.text_cost,
+        "forced_stop": generation.forced_stop,
+        "finished": generation.finished,
+        "logprob": generation.logprob,
+        "seed": generation.seed,
+    }
+
+
+def _print_answers(rows: list[dict[str, Any]], objective: Objective | None) -> None:
+    console = stdout_console()
+    wanted = "unguided"
+    if objective is not None:
+        value = next(
+            v for v in (objective.target, objective.lambda_, objective.beta, objective.factor) if v is not None
+        )
+        wanted = f"{objective.kind} {value:g} by {objective.method}"
+    columns = ["answer", "content tokens", "length score", "text cost (nats)", "forced stop", "finished"]
+    made = table(columns)
+    for row in rows:
+        if len(rows) > 1:
+            console.print(Text(f"[{row['index'] + 1}]", style="bold"))
+        console.print(Text(printable(row["text"])))
+        console.print()
+        cells = [str(row["index"] + 1), str(row["content_tokens"]), number(row["length_score"])]
+        flags = ["yes" if row[name] else "no" for name in ("forced_stop", "finished")]
+        made.add_row(*cells, number(row["text_cost"], ".2f"), *flags)
+    title(console, wanted)
+    console.print(made)

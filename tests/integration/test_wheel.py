@@ -1,0 +1,94 @@
+"""The wheel, built from this tree and installed with the base install only into an empty environment.
+
+Needs a package index, or pip's own cache of one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # Without PYTHONPATH, and away from the source tree: only what is installed counts.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=600, cwd=cwd, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    done = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.glob("lenvm-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def bin_dir(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of executables of an environment with the base install only."""
+    folder = tmp_path_factory.mktemp("empty") / "env"
+    venv.create(folder, with_pip=False, symlinks=True)
+    bin_dir = folder / "bin"
+    pip = (sys.executable, "-m", "pip", "--python", bin_dir / "python", "install", "-q")
+    done = run(*pip, "-c", ROOT / "constraints.txt", wheel, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return bin_dir
+
+
+def test_the_wheel_carries_packages_checkpoints_and_recipes(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    homes = {
+        "models/lenvm": "lenvm",
+        "models/zoo": "lenvm/_zoo",
+        "models/recipes": "lenvm/_recipes",
+        "service/lenvm_service": "lenvm_service",
+        "clients/lenvm_client": "lenvm_client",
+    }
+    for source, home in homes.items():
+        files = [path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*") if path.is_file()]
+        wanted = {f"{home}/{path.as_posix()}" for path in files if "__pycache__" not in path.parts}
+        assert wanted <= names, f"{source}: {sorted(wanted - names)}"
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "zoo/", "recipes/"))]
+
+
+def test_base_install_has_neither_torch_nor_numpy(bin_dir: Path, tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u, lenvm, lenvm_client, lenvm_service;"
+        "print([m for m in ('torch', 'numpy', 'transformers') if u.find_spec(m)], lenvm.__version__)"
+    )
+    done = run(bin_dir / "python", "-W", "error", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[] ")
+
+
+def test_resources_are_found_in_an_installed_wheel(bin_dir: Path, tmp_path: Path) -> None:
+    for name in ("zoo", "recipes"):
+        shipped = sorted(path.name for path in (ROOT / "models" / name).iterdir())
+        code = f"from lenvm._resources import {name}_dir as d; print(sorted(p.name for p in d().iterdir()))"
+        done = run(bin_dir / "python", "-c", code, cwd=tmp_path)
+        assert done.stdout.strip() == str(shipped), done.stderr
+
+
+def test_the_command_line_answers_without_any_extra(bin_dir: Path, tmp_path: Path) -> None:
+    done = run(bin_dir / "lenvm", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for command in ("pull", "predict", "score", "generate", "rollout", "train", "eval", "demo"):
+        assert command in done.stdout
+
+
+def test_a_command_that_needs_an_extra_names_it_in_one_line(bin_dir: Path, tmp_path: Path) -> None:
+    done = run(bin_dir / "lenvm", "predict", "hi", cwd=tmp_path)
+    assert done.returncode != 0
+    (line,) = (done.stdout + done.stderr).strip().splitlines()
+    assert "pip install 'lenvm[serve]'" in line

@@ -1,0 +1,147 @@
+"""The torch scorer against a plain full forward of the same tokens."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lenvm.errors import ContextTooLongError, InvalidRequestError, PoolExhaustedError, StateClosedError
+from lenvm.scoring import ScoreRow, TorchScorer
+
+RNG = np.random.default_rng(3)
+
+
+def ids(count: int) -> list[int]:
+    return RNG.integers(3, 128, count).tolist()
+
+
+@pytest.fixture
+def scorer(tiny_model: Any) -> TorchScorer:
+    return TorchScorer(tiny_model, block_size=8)
+
+
+def close(got: Any, want: Any) -> None:
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=0)
+
+
+def test_a_ragged_batch_of_prefixes_costs_one_forward(scorer: TorchScorer, full_forward: Any) -> None:
+    prefixes = [ids(n) for n in (1, 7, 8, 9, 40)]
+    states = scorer.open(prefixes)
+    assert scorer.stats.forwards == 1
+    assert scorer.stats.tokens == sum(map(len, prefixes))
+    for prefix, state in zip(prefixes, states, strict=True):
+        z, bins = full_forward(prefix)
+        close(state.logit, z[-1])
+        close(state.bin_logprobs, bins[-1])
+
+
+def test_decoding_steps_are_one_forward_of_the_candidates(scorer: TorchScorer, full_forward: Any) -> None:
+    texts = [ids(n) for n in (1, 8, 21)]
+    states: list[Any] = scorer.open(texts)
+    chosen: list[list[int]] = [[], [], []]
+    forwards, tokens = scorer.stats.forwards, scorer.stats.tokens
+    for step in range(20):
+        rows = [
+            ScoreRow(state, append, RNG.choice(125, 5, replace=False) + 3)
+            for state, append in zip(states, chosen, strict=True)
+        ]
+        answers = scorer.score(rows)
+        for at, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            texts[at] += list(row.append)
+            close(answer.logits[-1], full_forward(texts[at])[0][-1])
+            for k, candidate in enumerate(row.candidates):
+                z, bins = full_forward([*texts[at], int(candidate)])
+                close(answer.candidate_logits[k], z[-1])
+                assert answer.candidate_bin_logprobs is not None
+                close(answer.candidate_bin_logprobs[k], bins[-1])
+            assert answer.cached_tokens == answer.state.length == len(texts[at])
+        states = [answer.state for answer in answers]
+        chosen = [[int(row.candidates[(step + at) % 5])] for at, row in enumerate(rows)]
+    assert scorer.stats.forwards - forwards == 20
+    assert scorer.stats.tokens - tokens == 20 * 3 * 5
+    assert scorer.stats.promoted == 19 * 3
+
+
+def test_a_token_that_was_no_candidate_is_computed(scorer: TorchScorer, full_forward: Any) -> None:
+    (state,) = scorer.open([ids(5)])
+    (scored,) = scorer.score([ScoreRow(state, candidates=[10, 11])])
+    (answer,) = scorer.score([ScoreRow(scored.state, [12], [13])])
+    assert scorer.stats.promoted == 0
+    assert answer.cached_tokens == 5
+    assert answer.state.length == 6
+
+
+def test_handles_are_immutable_and_siblings_do_not_meet(scorer: TorchScorer, full_forward: Any) -> None:
+    prefix = ids(11)  # ends inside a block, so that children share a half-filled one
+    (parent,) = scorer.open([prefix])
+    (scored,) = scorer.score([ScoreRow(parent, candidates=[20, 21])])
+    children = scorer.score(
+        [ScoreRow(scored.state, [20]), ScoreRow(scored.state, [21, 22, 23]), ScoreRow(parent, [24]), ScoreRow(parent, [20])]
+    )
+    grandchildren = scorer.score([ScoreRow(child.state, [30 + at], [40]) for at, child in enumerate(children)])
+    tails = [[20], [21, 22, 23], [24], [20]]
+    for at, (tail, child, grandchild) in enumerate(zip(tails, children, grandchildren, strict=True)):
+        close(child.state.logit, full_forward(prefix + tail)[0][-1])
+        close(grandchild.candidate_logits[0], full_forward([*prefix, *tail, 30 + at, 40])[0][-1])
+    again = scorer.score([ScoreRow(scored.state, [20])])[0]
+    assert again.state.logit == children[0].state.logit
+
+
+def test_values_of_every_token(scorer: TorchScorer, full_forward: Any) -> None:
+    prompt, completion = ids(6), ids(12)
+    score = scorer.token_values(prompt, completion)
+    z, bins = full_forward(prompt + completion)
+    close(score.logits, z[5:])
+    close(score.bin_logprobs, bins[5:])
+
+
+def test_blocks_come_back(scorer: TorchScorer) -> None:
+    states = scorer.open([ids(30), ids(3)])
+    answers = scorer.score([ScoreRow(state, candidates=[5, 6]) for state in states])
+    assert scorer.pool.used_blocks > 0
+    for state in states:
+        state.close()
+        state.close()  # twice is harmless
+    del states, answers
+    gc.collect()
+    assert scorer.pool.used_blocks == 0
+
+
+def test_a_large_call_is_split_by_token_budget(tiny_model: Any) -> None:
+    prefixes = [ids(n) for n in (30, 2, 17, 29, 5)]
+    whole, split = TorchScorer(tiny_model), TorchScorer(tiny_model, token_budget=40)
+    for a, b in zip(whole.open(prefixes), split.open(prefixes), strict=True):
+        close(a.logit, b.logit)
+    assert whole.stats.forwards == 1
+    assert split.stats.forwards > 1
+
+
+def test_a_full_pool_is_a_typed_error_and_leaves_nothing_behind(tiny_model: Any) -> None:
+    scorer = TorchScorer(tiny_model, pool_tokens=64, block_size=8)
+    with pytest.raises(PoolExhaustedError, match="free blocks"):
+        scorer.open([ids(30), ids(30), ids(30)])
+    assert scorer.pool.used_blocks == 0
+    assert scorer.open([ids(60)])[0].length == 60
+
+
+def test_bad_rows(scorer: TorchScorer, tiny_model: Any) -> None:
+    (state,) = scorer.open([ids(4)])
+    (foreign,) = TorchScorer(tiny_model).open([ids(4)])
+    for row, error in (
+        (ScoreRow(), InvalidRequestError),
+        (ScoreRow(append=[128]), InvalidRequestError),
+        (ScoreRow(append=[-1]), InvalidRequestError),
+        (ScoreRow(state, candidates=[500]), InvalidRequestError),
+        (ScoreRow(foreign, [3]), InvalidRequestError),
+        (ScoreRow(append=[3, 4], values_from=2), InvalidRequestError),
+        (ScoreRow(append=ids(513)), ContextTooLongError),
+        (ScoreRow(append=ids(512), candidates=[3]), ContextTooLongError),
+    ):
+        with pytest.raises(error):
+            scorer.score([row])
+    state.close()
+    with pytest.raises(StateClosedError):
+        scorer.score([ScoreRow(state, [3])])
