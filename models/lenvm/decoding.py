@@ -66,10 +66,11 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation to make: a tokenised prompt and the seed of its random stream."""
+    """One generation to make: a tokenised prompt, the seed of its random stream, and a limit of its own if it has one."""
 
     prompt_ids: Sequence[int]
     seed: int = 0
+    max_new_tokens: int | None = None
 
 
 @dataclass
@@ -214,6 +215,8 @@ class Sampler:
         params = params or SamplingParams()
         for request in requests:
             self._check(request)
+        if not requests:
+            return
         if self.device.type == "cuda" and guide is None and params.full_vocabulary:
             from lenvm.decoding_cuda import stream_graphed
 
@@ -262,7 +265,7 @@ class Sampler:
         started: list[_Slot] = []
         while waiting and running + len(started) < self.max_rows:
             index, request = waiting[0]
-            limit = min(params.max_new_tokens, self.context - len(request.prompt_ids))
+            limit = min(request.max_new_tokens or params.max_new_tokens, self.context - len(request.prompt_ids))
             tokens = len(request.prompt_ids) + (limit if reserve is None else min(reserve, limit))
             needed = self.pool.blocks_for(tokens)
             if needed > self.pool.free_blocks and (running or started):
@@ -277,7 +280,9 @@ class Sampler:
     def _prefill(self, slots: list[_Slot]) -> None:
         """Store keys and values of all but the last prompt token; the first step feeds that one and gives its logits."""
         batch: list[_Slot] = []
-        todo = sorted((slot for slot in slots if len(slot.request.prompt_ids) > 1), key=lambda s: len(s.request.prompt_ids))
+        todo = sorted(
+            (slot for slot in slots if len(slot.request.prompt_ids) > 1), key=lambda s: len(s.request.prompt_ids)
+        )
         for position, slot in enumerate(todo):
             batch.append(slot)
             following = todo[position + 1] if position + 1 < len(todo) else None
@@ -310,7 +315,11 @@ class Sampler:
             return array[np.arange(len(chosen)), chosen]
 
         drawn = _Drawn(
-            pick(candidates.ids), pick(candidates.is_eos), pick(candidates.logprobs), pick(candidates.raw_logprobs), cost
+            pick(candidates.ids),
+            pick(candidates.is_eos),
+            pick(candidates.logprobs),
+            pick(candidates.raw_logprobs),
+            cost,
         )
         return self._commit(active, drawn, guide)
 

@@ -124,9 +124,7 @@ def stream_graphed(
                 yield current.index, current.result
 
 
-def _grow(
-    sampler: Sampler, slots: list[_Slot | None], waiting: deque[tuple[int, Request]], free: list[int]
-) -> None:
+def _grow(sampler: Sampler, slots: list[_Slot | None], waiting: deque[tuple[int, Request]], free: list[int]) -> None:
     """Every running row gets blocks for the coming chunk; if the pool is empty the youngest rows go back to the queue
     (their random stream is a function of the seed, so they will draw the same tokens again)."""
     pool = sampler.pool

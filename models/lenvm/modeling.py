@@ -60,7 +60,9 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     if shipped.is_dir():
         return shipped
     names = ", ".join(sorted(p.name for p in zoo_dir().iterdir() if p.is_dir())) or "none"
-    raise ArtifactError(f"no checkpoint {str(name_or_path)!r}: it is neither a folder nor one of the shipped ones ({names})")
+    raise ArtifactError(
+        f"no checkpoint {str(name_or_path)!r}: it is neither a folder nor one of the shipped ones ({names})"
+    )
 
 
 class LengthValueModel(nn.Module):

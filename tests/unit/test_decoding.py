@@ -114,7 +114,9 @@ def test_eos_stays_a_candidate_under_any_truncation(tiny_generator: Any) -> None
 def test_top_p_keeps_the_smallest_set_that_reaches_it(tiny_generator: Any) -> None:
     logits = torch.full((1, 128), -40.0)
     logits[0, 10:14] = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-    found = tiny_generator.sampler._candidates(logits, SamplingParams(1.0, top_k=8, top_p=0.7), np.zeros(1), guided=False)
+    found = tiny_generator.sampler._candidates(
+        logits, SamplingParams(1.0, top_k=8, top_p=0.7), np.zeros(1), guided=False
+    )
     assert set(found.ids[found.kept & ~found.is_eos]) == {10, 11}
 
 
@@ -128,7 +130,13 @@ def test_bad_requests_and_parameters(tiny_generator: Any) -> None:
     ):
         with pytest.raises(error):
             sampler.generate([REQUESTS[0], request], FULL)
-    for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"min_p": 1.0}, {"max_new_tokens": 0}):
+    for bad in (
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+        {"max_new_tokens": 0},
+    ):
         with pytest.raises(InvalidRequestError):
             SamplingParams(**bad)
     assert sampler.pool.used_blocks == 0
@@ -161,7 +169,12 @@ def test_the_gate_holds_its_window(tiny_generator: Any) -> None:
 def test_value_guidance_costs_one_forward_a_step_and_closes_its_states(tiny_generator: Any, tiny_model: Any) -> None:
     scorer = TorchScorer(tiny_model)
     requests = REQUESTS[:4]  # all run from the first step on
-    objectives = [Objective(kind="equal_to", target=10), None, Objective(kind="at_least", target=5), Objective(kind="scale", factor=0.5)]
+    objectives = [
+        Objective(kind="equal_to", target=10),
+        None,
+        Objective(kind="at_least", target=5),
+        Objective(kind="scale", factor=0.5),
+    ]
     answers = tiny_generator.sampler.generate(requests, SHORTLIST, guide=ValueGuide(scorer, objectives))
     longest = max(len(a.token_ids) + a.finished for a, o in zip(answers, objectives, strict=True) if o is not None)
     assert scorer.stats.forwards == longest
@@ -177,7 +190,9 @@ def test_value_guidance_costs_one_forward_a_step_and_closes_its_states(tiny_gene
 @pytest.mark.parametrize("method", ["posterior", "paper"])
 def test_guided_rows_do_not_see_their_neighbours(tiny_generator: Any, tiny_model: Any, method: Any) -> None:
     objectives = [Objective(kind="equal_to", target=6 + 3 * i, method=method) for i in range(len(REQUESTS))]
-    together = tiny_generator.sampler.generate(REQUESTS, SHORTLIST, guide=ValueGuide(TorchScorer(tiny_model), objectives))
+    together = tiny_generator.sampler.generate(
+        REQUESTS, SHORTLIST, guide=ValueGuide(TorchScorer(tiny_model), objectives)
+    )
     for at in (0, 7):
         guide = ValueGuide(TorchScorer(tiny_model), [objectives[at]])
         (alone,) = tiny_generator.sampler.generate([REQUESTS[at]], SHORTLIST, guide=guide)

@@ -79,7 +79,12 @@ def test_handles_are_immutable_and_siblings_do_not_meet(scorer: TorchScorer, ful
     (parent,) = scorer.open([prefix])
     (scored,) = scorer.score([ScoreRow(parent, candidates=[20, 21])])
     children = scorer.score(
-        [ScoreRow(scored.state, [20]), ScoreRow(scored.state, [21, 22, 23]), ScoreRow(parent, [24]), ScoreRow(parent, [20])]
+        [
+            ScoreRow(scored.state, [20]),
+            ScoreRow(scored.state, [21, 22, 23]),
+            ScoreRow(parent, [24]),
+            ScoreRow(parent, [20]),
+        ]
     )
     grandchildren = scorer.score([ScoreRow(child.state, [30 + at], [40]) for at, child in enumerate(children)])
     tails = [[20], [21, 22, 23], [24], [20]]

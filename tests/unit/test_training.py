@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from lenvm.backbones import load_backbone
+from lenvm.decoding import SamplingParams
 from lenvm.distribution import LengthBins
 from lenvm.errors import DataError
 from lenvm.evaluation.run_lifebench import LifebenchSettings, run_lifebench
 from lenvm.evaluation.run_prediction import evaluate_rollouts, rollouts_to_evaluate
-from lenvm.decoding import SamplingParams
 from lenvm.modeling import HeadOutput, LengthValueModel
 from lenvm.returns import censored_value_loss, discounted_return
 from lenvm.scoring import TorchScorer
@@ -37,7 +37,11 @@ class Made:
 def made(count: int, seed: int = 0) -> list[Made]:
     rng = np.random.default_rng(seed)
     return [
-        Made(rng.integers(3, 128, rng.integers(1, 9)).tolist(), rng.integers(3, 128, rng.integers(0, 30)).tolist(), bool(i % 3))
+        Made(
+            rng.integers(3, 128, rng.integers(1, 9)).tolist(),
+            rng.integers(3, 128, rng.integers(0, 30)).tolist(),
+            bool(i % 3),
+        )
         for i in range(count)
     ]
 
@@ -186,11 +190,15 @@ def test_a_recipe_makes_a_checkpoint_that_knows_something(recipe_path: Path, tin
 
     from lenvm.rollouts.sampling import LocalGenerator
 
-    settings = LifebenchSettings(targets=(8, 16), tasks=3, tuning_tasks=2, params=SamplingParams(0.7, top_k=8, max_new_tokens=64))
+    settings = LifebenchSettings(
+        targets=(8, 16), tasks=3, tuning_tasks=2, params=SamplingParams(0.7, top_k=8)
+    )
     report, rows = run_lifebench(LocalGenerator(recipe.backbone), TorchScorer(first), tiny_data, settings)
     assert len(rows) == 5 * 6
     assert report["unguided"]["equal_to"]["kl_per_sequence"] == pytest.approx(0, abs=1e-9)
-    assert set(report["comparisons"]) == {f"posterior_minus_{m}" for m in ("unguided", "eos_gate", "paper_value", "paper_length")}
+    assert set(report["comparisons"]) == {
+        f"posterior_minus_{m}" for m in ("unguided", "eos_gate", "paper_value", "paper_length")
+    }
 
 
 @pytest.mark.parametrize(
@@ -215,5 +223,3 @@ def test_a_wrong_recipe_is_one_clear_line(recipe_path: Path, tmp_path: Path, old
 def test_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         load_recipe(tmp_path / "none.toml")
-
-

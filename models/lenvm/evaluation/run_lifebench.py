@@ -10,7 +10,16 @@ from typing import Any
 from lenvm.backbones import encode_chat
 from lenvm.decoding import Generation, Guide, Request, SamplingParams
 from lenvm.errors import InvalidRequestError
-from lenvm.evaluation.lifebench import Kind, Row, Task, aggregate, aggregate_modes, build_prompt, compare_modes, load_tasks
+from lenvm.evaluation.lifebench import (
+    Kind,
+    Row,
+    Task,
+    aggregate,
+    aggregate_modes,
+    build_prompt,
+    compare_modes,
+    load_tasks,
+)
 from lenvm.guidance import Objective
 from lenvm.guides import EosGateGuide, ValueGuide
 from lenvm.rollouts.sampling import LocalGenerator, stream_seed
@@ -32,22 +41,30 @@ class LifebenchSettings:
 
     targets: Sequence[int] = (64, 128, 256)
     tasks: int = 50
-    tuning_tasks: int = 24
+    tuning_tasks: int = 10
     samples: int = 1
     modes: Sequence[str] = MODES
     tolerance: float = 0.05
     seed: int = 0
-    # One sampler for all modes. 1,024 tokens is 4 x the longest target: what is cut there scores nothing anyway.
-    params: SamplingParams = field(default_factory=lambda: SamplingParams(0.7, top_k=16, max_new_tokens=1024))
+    cut: int = 4  # answers are cut at this many times the target, where the score is 0.2 of 100 anyway
+    # One sampler for all modes.
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(0.7, top_k=16))
 
     def __post_init__(self) -> None:
         unknown = set(self.modes) - set(MODES)
         if unknown:
-            raise InvalidRequestError(f"unknown mode {', '.join(sorted(unknown))}: use {', '.join(MODES)}", param="modes")
+            raise InvalidRequestError(
+                f"unknown mode {', '.join(sorted(unknown))}: use {', '.join(MODES)}", param="modes"
+            )
 
 
 def run_lifebench(
-    generator: LocalGenerator, scorer: Scorer, data: Path, settings: LifebenchSettings, *, progress: Progress | None = None
+    generator: LocalGenerator,
+    scorer: Scorer,
+    data: Path,
+    settings: LifebenchSettings,
+    *,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Metrics (modes, comparisons with paired bootstrap intervals, the gate that was chosen) and every answer."""
     everything = load_tasks(data, n=None, seed=settings.seed)
@@ -84,6 +101,7 @@ def _generate(
         Request(
             encode_chat(generator.tokenizer, build_prompt(task, KIND, target)),
             stream_seed(f"{task.id}/{target}", sample, settings.seed),
+            settings.cut * target,
         )
         for task, target, sample in plan
     ]
@@ -124,7 +142,15 @@ def _tune_gate(generator: LocalGenerator, tasks: Sequence[Task], settings: Lifeb
 
 def _row(task: Task, target: int, mode: str, answer: Generation) -> Row:
     return Row(
-        task.id, KIND, target, mode, answer.token_ids, answer.finished, answer.forced_stop, answer.text_cost, answer.logprob
+        task.id,
+        KIND,
+        target,
+        mode,
+        answer.token_ids,
+        answer.finished,
+        answer.forced_stop,
+        answer.text_cost,
+        answer.logprob,
     )
 
 

@@ -24,6 +24,7 @@ from lenvm.paged.pool import BlockPool
 __all__ = ["ATTENTION", "Plan", "Row", "attend", "build_plan", "packed_forward", "use_paged_attention"]
 
 ATTENTION = "lenvm_paged"
+_SHORT = 32  # new tokens a row up to which a call is a decoding step rather than a prefill
 
 
 @dataclass(frozen=True)
@@ -161,24 +162,40 @@ def _masked_attention(
 ) -> torch.Tensor:
     """The readable path, right on every device: gather, pad, one masked softmax. ``[heads, N, D] -> [N, heads, D]``."""
     heads, _, dim = query.shape
-    kv_heads = keys.shape[0]
+    kv_heads, rows, width = keys.shape[0], plan.rows, plan.width
+    assert plan.mask is not None
 
     def padded(x: torch.Tensor) -> torch.Tensor:  # [h, N, D] -> [B, h, T, D]
         flat = x if plan.pad is None else x[:, plan.pad.reshape(-1)]
-        return flat.view(x.shape[0], plan.rows, plan.width, dim).transpose(0, 1)
+        return flat.view(x.shape[0], rows, width, dim).transpose(0, 1)
 
     q, k, v = padded(query), padded(keys), padded(values)
-    slots = plan.mask.shape[-1] - plan.width if plan.mask is not None else 0
-    if slots:
+    if plan.mask.shape[-1] > width:
 
         def prefix(blocks: torch.Tensor) -> torch.Tensor:  # [B, M, h, size, D] -> [B, h, slots, D]
-            return blocks[plan.tables].transpose(1, 2).reshape(plan.rows, kv_heads, -1, dim).to(query.dtype)
+            return blocks[plan.tables].transpose(1, 2).reshape(rows, kv_heads, -1, dim).to(query.dtype)
 
         k = torch.cat([prefix(plan.pool.keys[layer]), k], dim=2)
         v = torch.cat([prefix(plan.pool.values[layer]), v], dim=2)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, scale=scaling, enable_gqa=heads != kv_heads)
-    flat = out.transpose(1, 2).reshape(plan.rows * plan.width, heads, dim)
+    # The heads that share keys stand side by side as queries: every key is read once for all of them.
+    group = heads // kv_heads
+    q = q.reshape(rows, kv_heads, group * width, dim)
+    mask = plan.mask.repeat(1, 1, group, 1) if group > 1 else plan.mask
+    if width <= _SHORT:
+        out = _short_attention(q, k, v, mask, scaling)
+    else:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    flat = out.view(rows, heads, width, dim).transpose(1, 2).reshape(rows * width, heads, dim)
     return flat if plan.unpad is None else flat[plan.unpad]
+
+
+def _short_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Plain softmax attention: for a few queries over a long prefix two batched products beat the fused CPU kernel."""
+    scores = (q @ k.transpose(2, 3)).float() * scaling
+    weights = scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1)
+    return weights.to(v.dtype) @ v
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -29,16 +29,19 @@ class LocalGenerator:
 
     Args:
         backbone: a name, folder or hub id.
-        device: ``cpu`` or ``cuda``; bfloat16 on CUDA, float32 on the CPU.
+        device: ``cpu`` or ``cuda``.
+        dtype: precision of the weights; default bfloat16 on CUDA, float32 on the CPU.
         max_rows: answers in flight at once.
     """
 
-    def __init__(self, backbone: str, *, device: str = "cpu", max_rows: int | None = None) -> None:
+    def __init__(
+        self, backbone: str, *, device: str = "cpu", dtype: str | None = None, max_rows: int | None = None
+    ) -> None:
         self.name = backbone
         folder = resolve_backbone(backbone)
         self.sha256 = backbone_sha256(folder)
         self.tokenizer = load_tokenizer(folder)
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         self.model = load_backbone(folder, dtype=dtype, device=device)
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
         rows = max_rows or (1024 if device.startswith("cuda") else 64)

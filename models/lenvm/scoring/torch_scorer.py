@@ -86,7 +86,12 @@ class TorchScorer:
     """
 
     def __init__(
-        self, model: LengthValueModel, *, pool_tokens: int | None = None, block_size: int = 32, token_budget: int = 16384
+        self,
+        model: LengthValueModel,
+        *,
+        pool_tokens: int | None = None,
+        block_size: int = 32,
+        token_budget: int = 16384,
     ) -> None:
         self.model = model
         self.stats = ScorerStats()
@@ -220,11 +225,18 @@ class TorchScorer:
         plan = build_plan(self.pool, rows)
         hidden = packed_forward(self.model.decoder, plan)
         wanted = np.concatenate(
-            [start + np.arange(work.first_value if work.tail else 0, work.new_tokens) for work, start in _starts(active)]
+            [
+                start + np.arange(work.first_value if work.tail else 0, work.new_tokens)
+                for work, start in _starts(active)
+            ]
         )
         head: HeadOutput = self.model.head(hidden[torch.from_numpy(wanted).to(hidden.device)])
         # One transfer to the host a call: logits and log-probabilities together.
-        packed = head.logits[:, None] if head.bin_logprobs is None else torch.cat([head.logits[:, None], head.bin_logprobs], 1)
+        packed = (
+            head.logits[:, None]
+            if head.bin_logprobs is None
+            else torch.cat([head.logits[:, None], head.bin_logprobs], 1)
+        )
         numbers = packed.double().cpu().numpy()
         keys = torch.stack(plan.captured_keys) if plan.captured_keys else None
         values = torch.stack(plan.captured_values) if plan.captured_values else None

@@ -170,9 +170,7 @@ def _schedule(step: int, steps: int, settings: TrainSettings, elapsed: float) ->
 
 
 def _mean(parts: Sequence[LossParts]) -> dict[str, float]:
-    return {
-        name: sum(float(getattr(p, name)) for p in parts) / len(parts) for name in ("total", "value", "bins")
-    }
+    return {name: sum(float(getattr(p, name)) for p in parts) / len(parts) for name in ("total", "value", "bins")}
 
 
 @torch.no_grad()

@@ -39,7 +39,13 @@ def survival_table(bins: LengthBins, device: torch.device | str = "cpu") -> torc
 
 
 def length_loss(
-    output: HeadOutput, targets: Targets, *, gamma: float, alpha: float, bins: LengthBins | None, survival: torch.Tensor | None
+    output: HeadOutput,
+    targets: Targets,
+    *,
+    gamma: float,
+    alpha: float,
+    bins: LengthBins | None,
+    survival: torch.Tensor | None,
 ) -> LossParts:
     """Loss of a batch. A cut answer costs only where the value says "shorter than what is already known" (censoring)."""
     value = -torch.sigmoid(output.logits)

@@ -35,11 +35,11 @@ _PLAIN_WIDTH = 120  # of tables in files and pipes, where rich would assume 80
 
 
 def stdout_console() -> Console:
-    """The console for results."""
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=_PLAIN_WIDTH)
-    return console
+    """The console for results. Texts are shown as they are: no markup, no emoji codes."""
+    as_is = Console(highlight=False, markup=False, emoji=False)
+    if not as_is.is_terminal and "COLUMNS" not in os.environ:
+        as_is.width = _PLAIN_WIDTH
+    return as_is
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -81,11 +81,13 @@ def printable(text: str) -> str:
 
 
 def elide(text: str, head: int, tail: int = 0) -> str:
-    """``text`` on one line, at most ``head + tail`` characters and a mark where something was left out."""
+    """``text`` on one line: about its first ``head`` and last ``tail`` characters, in whole words where it has any."""
     line = one_line(text)
     if len(line) <= head + tail + 5:
         return line
-    return line[:head] + " […] " + (line[-tail:] if tail else "")
+    first = line[: head + 1].rpartition(" ")[0] or line[:head]
+    last = (line[-tail - 1 :].partition(" ")[2] or line[-tail:]) if tail else ""
+    return f"{first} […] {last}".rstrip()
 
 
 def number(value: float | None, pattern: str = ".1f") -> str:

@@ -44,20 +44,26 @@ def check_device(device: str) -> str:
     return device
 
 
-def load_scorer(model: str, *, device: str = "cpu") -> tuple[LengthValueModel, TorchScorer]:
+def load_scorer(model: str, *, device: str = "cpu", dtype: str = "float32") -> tuple[LengthValueModel, TorchScorer]:
     """A checkpoint and its scorer."""
+    import torch
     from transformers.utils import logging
 
     from lenvm.modeling import LengthValueModel
     from lenvm.scoring import TorchScorer
 
     logging.set_verbosity_error()  # its warnings (a long prompt) would stand beside our one line
-    loaded = LengthValueModel.from_pretrained(model, device=check_device(device))
+    loaded = LengthValueModel.from_pretrained(model, device=check_device(device), dtype=getattr(torch, dtype))
     return loaded, TorchScorer(loaded)
 
 
 def load_generator(
-    model: LengthValueModel, backbone: str | None, *, device: str = "cpu"
+    model: LengthValueModel,
+    backbone: str | None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    max_rows: int | None = None,
 ) -> tuple[LocalGenerator, list[str]]:
     """The backbone that generates, and warnings about it.
 
@@ -76,7 +82,7 @@ def load_generator(
     warnings = []
     if name != own:
         warnings.append(f"generator_mismatch: {model.config.name} was trained on answers of {own}, not of {name}")
-    return LocalGenerator(name, device=check_device(device)), warnings
+    return LocalGenerator(name, device=check_device(device), dtype=dtype, max_rows=max_rows), warnings
 
 
 def sample(

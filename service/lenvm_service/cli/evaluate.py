@@ -2,17 +2,230 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
+
+from lenvm_service.cli._options import DEFAULT_MODEL, BackboneOption, DataOption, DeviceOption, JsonOption, ModelOption
+from lenvm_service.cli._output import ProgressReporter, number, print_json, stdout_console, table, title
+from lenvm_service.cli._session import check_device, load_generator, load_scorer, need
 
 __all__ = ["app"]
 
+
+class Dtype(str, Enum):
+    """Precision of both models."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 app = typer.Typer(no_args_is_help=True, help="Measure a checkpoint and write reports (reports/NAME.json).")
 
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Also write the metrics with command, commit and device."),
+]
+WorkOption = Annotated[
+    Path | None, typer.Option("--work", metavar="DIR", help="Where sampled answers are kept. Default: runs/NAME.")
+]
 
-@app.callback()
-def _eval() -> None:
-    """Keeps this a group while it has fewer than two commands (typer would make a lone one the command itself)."""
+
+@app.command("prediction")
+def prediction(
+    data: DataOption,
+    model: ModelOption = DEFAULT_MODEL,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="Sampled answers of each test prompt.")] = 16,
+    train_prompts: Annotated[
+        int,
+        typer.Option("--train-prompts", min=1, help="Train prompts a domain to fit the baselines on (4 answers each)."),
+    ] = 200,
+    work: WorkOption = None,
+    device: DeviceOption = "cpu",
+    report: ReportOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Error of the predicted length on every test prompt, by domain, next to constants fitted on train prompts.
+
+    Answers in --work are used again, so an interrupted run goes on where it was. On a GPU this takes two minutes; on a CPU,
+    sampling takes hours.
+    """
+    need("train")
+    from lenvm.evaluation.run_prediction import evaluate_rollouts, rollouts_to_evaluate
+
+    check_device(device)
+    loaded, _ = load_scorer(model, device=device)
+    generator = loaded.config.generator
+    from lenvm.decoding import SamplingParams
+
+    params = SamplingParams(generator.temperature, top_p=generator.top_p, max_new_tokens=generator.max_new_tokens)
+    with ProgressReporter() as progress:
+        test, train = rollouts_to_evaluate(
+            generator.backbone,
+            data,
+            work or Path("runs") / loaded.config.name,
+            samples=samples,
+            train_prompts=train_prompts,
+            params=params,
+            device=device,
+            progress=progress.update,
+        )
+    metrics = evaluate_rollouts(loaded, test, train)
+    _publish(report, metrics, device)
+    if as_json:
+        print_json(metrics)
+    else:
+        _print_prediction(metrics)
 
 
-# The commands ``prediction`` and ``first-light`` go here: each reads its options, calls ``need("train")`` of _session,
-# runs lenvm.evaluation.run_prediction or run_lifebench with a ProgressReporter, and prints a table or ``print_json``.
+def _print_prediction(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    console = stdout_console()
+    some = next(iter(metrics.values()))
+    title(
+        console,
+        f"Truth: mean over a prompt's answers of min(L, {some['cap']}), an answer cut there counts as {some['cap']}",
+    )
+    head = ["domain", "prompts", "answers", "cut", "mean truth", "MRE", "95 %", "median error", "noise floor", "tau"]
+    shown = table(head, text=("domain",))
+    rivals = table(
+        ["domain", "MRE", "MRE of the mean", "constant", "prompt length", "best constant on test"], text=("domain",)
+    )
+    spread = table(
+        ["domain", "p50 covers", "p90 covers", "p95 covers", "pinball", "pinball, constant"], text=("domain",)
+    )
+    for domain, row in metrics.items():
+        interval = "-".join(f"{100 * bound:.1f}" for bound in row["mre_ci"])
+        shown.add_row(
+            domain, str(row["prompts"]), str(row["samples"]), _percent(row["cut_share"]), number(row["truth_mean"]),
+            _percent(row["mre"]), interval, _percent(row["median_error"]), _percent(row["noise_floor"]),
+            number(row["kendall_tau"], ".2f"),
+        )  # fmt: skip
+        base = row["baselines"]
+        rivals.add_row(
+            domain,
+            *map(
+                _percent,
+                (row["mre"], row["mre_mean"], base["constant"], base["prompt_length"], base["constant_on_test"]),
+            ),
+        )
+        spread.add_row(
+            domain,
+            *(_percent(row[f"coverage_{level}"]) for level in ("p50", "p90", "p95")),
+            number(row["pinball"]),
+            number(row["pinball_constant"]),
+        )
+    for caption, made in (
+        ("Mean relative error (MRE) of the horizon at the prompt boundary", shown),
+        ("Next to baselines fitted on train prompts", rivals),
+        ("Quantiles", spread),
+    ):
+        title(console, caption)
+        console.print(made)
+
+
+@app.command("lifebench")
+def lifebench(
+    data: DataOption,
+    model: ModelOption = DEFAULT_MODEL,
+    backbone: BackboneOption = None,
+    targets: Annotated[
+        str, typer.Option("--targets", help="Target lengths in tokens, commas between them.")
+    ] = "64,128,256",
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="English tasks.")] = 50,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers of each task and target.")] = 1,
+    modes: Annotated[
+        str | None, typer.Option("--modes", help="Some of the modes, commas between them. Default: all.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Answers in flight at once.")] = 64,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", metavar="FILE", help="Also write every answer as JSON lines, to be read.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of backbone and value model.")] = Dtype.float32,
+    report: ReportOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Length scores (Equal To) of every mode under one sampler, each beside what it costs the text."""
+    need("train")
+    from lenvm.evaluation.run_lifebench import MODES, LifebenchSettings, run_lifebench
+
+    settings = LifebenchSettings(
+        targets=_whole_numbers(targets), tasks=tasks, samples=samples, modes=tuple(modes.split(",")) if modes else MODES
+    )
+    loaded, scorer = load_scorer(model, device=device, dtype=dtype.value)
+    generator, _ = load_generator(loaded, backbone, device=device, dtype=dtype.value, max_rows=max_rows)
+    with ProgressReporter() as progress:
+        metrics, rows = run_lifebench(generator, scorer, data, settings, progress=progress.update)
+    if texts is not None:
+        _write_texts(texts, rows, generator.tokenizer)
+    _publish(report, metrics, device)
+    if as_json:
+        print_json(metrics)
+    else:
+        _print_lifebench(metrics, settings.modes)
+
+
+def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str]) -> None:
+    console = stdout_console()
+    head = [
+        "mode",
+        "length score",
+        "|deviation|",
+        "within 5 %",
+        "text cost (nats)",
+        "log p a token",
+        "rep-4",
+        "forced",
+        "ended",
+    ]
+    shown = table(head, text=("mode",))
+    for mode in modes:
+        row = metrics[mode]["equal_to"]
+        shown.add_row(
+            mode, number(row["ls"]), _percent(row["ld"]), _percent(row["within_5pct"]), number(row["kl_per_sequence"]),
+            number(row["logprob_per_token"], ".2f"), _percent(row["rep4"]), _percent(row["forced_stop_rate"]),
+            _percent(row["finished_rate"]),
+        )  # fmt: skip
+    title(console, "LIFEBench, Equal To")
+    console.print(shown)
+    for name, found in metrics["comparisons"].items():
+        parts = (f"{key} {diff:+.1f} [{low:+.1f}, {high:+.1f}]" for key, (diff, low, high) in found.items())
+        console.print(f"{name.replace('_', ' ')}: {', '.join(parts)} (95 % intervals, resampled by task)")
+
+
+def _write_texts(path: Path, rows: Sequence[Any], tokenizer: Any) -> None:
+    import json
+
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            text = tokenizer.decode(list(row.token_ids))
+            answer = {"mode": row.mode, "task": row.task_id, "target": row.target, "tokens": len(row.token_ids)}
+            stream.write(json.dumps(answer | {"text_cost": row.text_cost, "text": text}, ensure_ascii=False) + "\n")
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{text!r}: give whole numbers with commas between them, like 64,128")
+    return found
+
+
+def _publish(report: Path | None, metrics: Mapping[str, Any], device: str) -> None:
+    if report is None:
+        return
+    from lenvm.reports import device_name, write_report
+
+    command = shlex.join(["lenvm", *sys.argv[1:]])
+    write_report(report, command=command, metrics=metrics, device=device_name(device))
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else number(100 * fraction, ".1f") + " %"

@@ -22,7 +22,7 @@ __all__ = ["PROMPTS", "STEERED_PROMPT", "Demo", "DemoOptions"]
 PROMPTS = {
     "math": "A baker fills 14 trays with 9 rolls each and sells 87 rolls. How many rolls are left?",
     "code": "Write a Python function that returns the second largest number in a list.",
-    "instruction": "Write a letter to a new neighbour who has just moved in, and tell them about the street.",
+    "instruction": "Write a short thank-you note to a colleague who covered my shift on Friday.",
 }
 STEERED_PROMPT = "Why does the sea look blue?"
 _LEVELS = [0.5, 0.9]

@@ -1,0 +1,63 @@
+"""``lenvm demo``, cut down, on the real model: every part runs, and its tables hold what a newcomer is to see."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lenvm.backbones import DEFAULT_BACKBONE
+from lenvm.config import GeneratorRef, HeadConfig
+from lenvm.distribution import LengthBins
+from lenvm.errors import ArtifactError
+from lenvm.modeling import LengthValueModel, find_checkpoint
+
+OBJECTIVES = ("unguided", "equal_to 24", "at_most 24", "at_least 24", "tilt lambda", "tilt beta", "scale factor 0.5")
+
+
+@pytest.fixture(scope="module")
+def model(real_backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """No option where a checkpoint is shipped; in a tree that carries none, an untrained one to run the parts on."""
+    try:
+        find_checkpoint(DEFAULT_BACKBONE)
+        return []
+    except ArtifactError:
+        folder = tmp_path_factory.mktemp("untrained")
+        torch.manual_seed(0)
+        head, generator = HeadConfig(64, LengthBins()), GeneratorRef(DEFAULT_BACKBONE, 0.7, 1.0, 2048)
+        made = LengthValueModel.create(DEFAULT_BACKBONE, name="untrained", head=head, gamma=0.997, generator=generator)
+        made.save_pretrained(folder)
+        return ["--model", str(folder)]
+
+
+def test_the_demo_shows_every_part_and_stops(model: list[str]) -> None:
+    command = [sys.executable, "-m", "lenvm_service.cli", "demo", "--samples", "2", "--max-new-tokens", "48", *model]
+    environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert "error" not in done.stderr
+    for heading in ("1. How long will the answer be?", "2. What did each token do", "3. Steering the length."):
+        assert heading in out
+    for kind in ("math", "code", "instruction"):
+        assert f"│ {kind} " in out
+    for objective in OBJECTIVES:
+        assert f"│ {objective}" in out
+    steering = out[out.index("3. Steering") :]
+    assert steering.count("│ paper ") == 4
+    assert steering.count("│ posterior ") == 5
+    assert "to go" in out
+    assert "Everything worked" in out
+
+
+def test_a_demo_without_its_checkpoint_is_a_failure(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lenvm_service.cli", "demo", "--model", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: demo, part setup: no checkpoint")
