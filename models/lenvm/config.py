@@ -1,4 +1,4 @@
-"""``lenvm.json``: what a checkpoint is, which backbone and tokenizer it stands on, and which generator it is valid for."""
+"""``lenvm.json``: what a checkpoint is, on which backbone it stands, and for which generator it is valid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BackboneRef:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Two-layer SiLU MLP of ``width`` hidden units; ``bins`` None is the paper's value head alone (``num_bins`` = 0)."""
+    """Two-layer SiLU MLP of ``width`` hidden units; ``bins`` None is the paper's value head alone."""
 
     width: int
     bins: LengthBins | None
@@ -52,7 +52,7 @@ class GeneratorRef:
 
 @dataclass(frozen=True)
 class LenVMConfig:
-    """Content of ``lenvm.json``. ``files`` maps each weight file to its SHA-256; ``calibration`` is reserved for quantiles."""
+    """Content of ``lenvm.json``. ``files``: weight file -> SHA-256; ``calibration`` is reserved for quantiles."""
 
     name: str
     backbone: BackboneRef

@@ -66,7 +66,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation to make: a tokenised prompt, the seed of its random stream, and a limit of its own if it has one."""
+    """One generation to make: tokenised prompt, seed of its random stream, and its own limit where it has one."""
 
     prompt_ids: Sequence[int]
     seed: int = 0
@@ -278,7 +278,7 @@ class Sampler:
         return started
 
     def _prefill(self, slots: list[_Slot]) -> None:
-        """Store keys and values of all but the last prompt token; the first step feeds that one and gives its logits."""
+        """Store keys and values of all prompt tokens but the last, which the first step feeds to get its logits."""
         batch: list[_Slot] = []
         todo = sorted(
             (slot for slot in slots if len(slot.request.prompt_ids) > 1), key=lambda s: len(s.request.prompt_ids)

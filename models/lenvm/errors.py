@@ -1,4 +1,4 @@
-"""Typed errors of the library. The service maps each ``code`` to one HTTP answer; the CLI prints the message and exits 1."""
+"""Typed errors of the library. The service maps each ``code`` to one HTTP answer; the CLI prints the message."""
 
 from __future__ import annotations
 

@@ -165,8 +165,10 @@ class LengthValueModel(nn.Module):
         head = ValueHead(decoder.config.hidden_size, config.head)
         try:
             head.load_state_dict(load_file(folder / HEAD_FILE))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ArtifactError(f"{folder / HEAD_FILE} does not fit this backbone or is damaged: {error}") from None
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch's own message takes many lines
+            raise ArtifactError(
+                f"{folder / HEAD_FILE} is damaged or does not fit: fetch the checkpoint again"
+            ) from error
         for parameter in decoder.parameters():
             # Parameters alone: ``decoder.to`` would round the rotary frequencies as well and move every position.
             parameter.data = parameter.data.to(dtype)

@@ -17,7 +17,7 @@ _MIX2 = _signed(0x94D049BB133111EB)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64 finaliser (Steele et al., 2014) in wrapping int64; torch has no logical shift, so the sign is masked off."""
+    """SplitMix64's finaliser (Steele et al., 2014) in wrapping int64; masks stand for the logical shift torch lacks."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
     return x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -113,7 +113,7 @@ def test_loss_of_one_token_by_hand(length: int, finished: bool) -> None:
     else:
         expected = censored_value_loss(value, length, 0.97)
         above = sum(
-            p[b] * sum(1 for l in range(BINS.lo[b], BINS.hi[b] + 1) if l > length) / BINS.widths[b]
+            p[b] * sum(1 for n in range(BINS.lo[b], BINS.hi[b] + 1) if n > length) / BINS.widths[b]
             for b in range(BINS.size)
         )
         expected_bins = -math.log(above)
@@ -190,9 +190,7 @@ def test_a_recipe_makes_a_checkpoint_that_knows_something(recipe_path: Path, tin
 
     from lenvm.rollouts.sampling import LocalGenerator
 
-    settings = LifebenchSettings(
-        targets=(8, 16), tasks=3, tuning_tasks=2, params=SamplingParams(0.7, top_k=8)
-    )
+    settings = LifebenchSettings(targets=(8, 16), tasks=3, tuning_tasks=2, params=SamplingParams(0.7, top_k=8))
     report, rows = run_lifebench(LocalGenerator(recipe.backbone), TorchScorer(first), tiny_data, settings)
     assert len(rows) == 5 * 6
     assert report["unguided"]["equal_to"]["kl_per_sequence"] == pytest.approx(0, abs=1e-9)

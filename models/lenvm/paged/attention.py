@@ -1,10 +1,10 @@
 """One packed, tree-masked forward of any Hugging Face decoder over paged prefixes.
 
-A call carries rows. A row is a cached prefix, a tail of new tokens that extend it, and candidates: possible next tokens.
-All tokens of all rows travel through the backbone side by side as one sequence ``[1, tokens]``; only attention knows the
-rows. A tail token sees the prefix and the tail up to itself; a candidate sees the prefix, the whole tail and itself, at the
-position right after the tail (the tree mask). The backbone finds this function through transformers' attention
-interface, and gets the plan as a keyword argument that its layers hand on.
+A call carries rows. A row is a cached prefix, a tail of new tokens that extend it, and candidates: possible next
+tokens. All tokens of all rows travel through the backbone side by side as one sequence ``[1, tokens]``; only attention
+knows the rows. A tail token sees the prefix and the tail up to itself; a candidate sees the prefix, the whole tail and
+itself, at the position right after the tail (the tree mask). The backbone finds this function through transformers'
+attention interface, and gets the plan as a keyword argument that its layers hand on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass
 class Plan:
-    """Where every token of a packed forward stands. ``N`` tokens, ``B`` rows, ``T`` = longest row, ``S`` = prefix slots."""
+    """Where every token of a packed forward stands: ``N`` tokens, ``B`` rows, ``T`` = longest row, ``S`` = slots."""
 
     pool: BlockPool
     input_ids: torch.Tensor  # [N]
@@ -211,7 +211,7 @@ def use_paged_attention(model: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise BackboneError(
-            f"backbone {config.model_type!r} has layers of kind {sorted(kinds)}: only full causal attention can be paged"
+            f"backbone {config.model_type!r} has {sorted(kinds)} layers: only full causal attention can be paged"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise BackboneError(f"backbone {config.model_type!r} does not use transformers' attention interface")

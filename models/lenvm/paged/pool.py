@@ -91,7 +91,7 @@ class BlockPool:
         """
         if count > self.free_blocks:
             raise PoolExhaustedError(
-                f"the prefix pool has {self.free_blocks} free blocks of {self.block_size} tokens but {count} are needed: "
+                f"the pool has {self.free_blocks} free blocks of {self.block_size} tokens but {count} are needed: "
                 "close states, score fewer rows at once or raise the pool size"
             )
         while count > len(self._free):

@@ -61,7 +61,7 @@ class RowScore:
 
 @dataclass
 class ScorerStats:
-    """Work done so far: ``forwards`` calls of the backbone, ``tokens`` through it, ``promoted`` tokens that cost none."""
+    """Work done: ``forwards`` calls of the backbone, ``tokens`` through it, ``promoted`` tokens that cost none."""
 
     forwards: int = 0
     tokens: int = 0

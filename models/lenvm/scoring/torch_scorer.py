@@ -134,7 +134,7 @@ class TorchScorer:
         return [score.state for score in self.score([ScoreRow(append=p) for p in prefixes])]  # type: ignore[misc]
 
     def token_values(self, prompt: Sequence[int], completion: Sequence[int]) -> RowScore:
-        """Values s_0 .. s_T of a completion of T tokens (EOS, if given, counts as a token; its value is that of the net)."""
+        """Values s_0 .. s_T of a completion of T content tokens, in one forward."""
         row = ScoreRow(append=[*prompt, *completion], values_from=len(prompt) - 1)
         (score,) = self.score([row])
         return score
@@ -157,8 +157,7 @@ class TorchScorer:
             for row in rows:
                 works.append(self._begin(row))
             for chunk in self._chunks(works):
-                for index, result in zip(chunk, self._forward([works[i] for i in chunk]), strict=True):
-                    results[index] = result
+                results.update(zip(chunk, self._forward([works[i] for i in chunk]), strict=True))
         except BaseException:
             for index, work in enumerate(works):
                 if index not in results:

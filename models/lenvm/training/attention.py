@@ -26,9 +26,10 @@ def attend_packed(
     longest: int,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """``query [1, heads, N, D]``, ``key``/``value [1, kv_heads, N, D]``, ``bounds [sequences + 1]`` -> ``[1, N, heads, D]``.
+    """``query [1, heads, N, D]``, ``key``/``value [1, kv_heads, N, D]`` -> ``[1, N, heads, D]``.
 
-    FlashAttention's variable-length kernel on CUDA; a block-diagonal mask elsewhere.
+    Sequence i is places ``bounds[i] .. bounds[i + 1]``, at most ``longest`` of them. FlashAttention's variable-length
+    kernel on CUDA; a block-diagonal mask elsewhere.
     """
     groups = query.shape[1] // key.shape[1]
     if query.device.type == "cuda":

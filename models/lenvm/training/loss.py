@@ -16,7 +16,7 @@ __all__ = ["LossParts", "Targets", "length_loss", "survival_table"]
 
 @dataclass(frozen=True)
 class Targets:
-    """Per token ``[N]``: ``remaining`` l (``finished``) or known lower bound c (cut); ``weight`` 0 leaves a token out."""
+    """Per token ``[N]``: ``remaining`` is l (``finished``) or the known bound c (cut); ``weight`` 0 leaves it out."""
 
     remaining: torch.Tensor
     finished: torch.Tensor
@@ -47,7 +47,7 @@ def length_loss(
     bins: LengthBins | None,
     survival: torch.Tensor | None,
 ) -> LossParts:
-    """Loss of a batch. A cut answer costs only where the value says "shorter than what is already known" (censoring)."""
+    """Loss of a batch. A cut answer costs only where the value says "shorter than what is already known"."""
     value = -torch.sigmoid(output.logits)
     target = torch.expm1(targets.remaining.float() * math.log(gamma))
     error = value - target

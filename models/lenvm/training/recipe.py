@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lenvm.card import update_card
 from lenvm.config import GeneratorRef, HeadConfig
 from lenvm.decoding import SamplingParams
 from lenvm.distribution import LengthBins
@@ -50,6 +50,7 @@ class Recipe:
     rollouts: RolloutSettings
     head: HeadConfig
     train: TrainSettings = field(default_factory=TrainSettings)
+    about: str = ""  # licence and whatever else the card should say
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -75,6 +76,7 @@ def load_recipe(path: Path) -> Recipe:
             rollouts=_build(RolloutSettings, data.pop("rollouts"), "rollouts"),
             head=HeadConfig(head.pop("width"), LengthBins(**bins) if bins else None),
             train=_build(TrainSettings, data.pop("train", {}), "train"),
+            about=data.pop("about", ""),
         )
     except KeyError as error:
         raise DataError(f"recipe {path} lacks {error}") from None
@@ -98,7 +100,7 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 def run_recipe(
     recipe: Recipe, *, data: Path, work: Path, output: Path, device: str = "cpu", progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Roll out, train, and write the checkpoint to ``output``; returns the training summary (also ``work/train.json``).
+    """Roll out, train, and write the checkpoint to ``output``; returns the summary that its ``eval.json`` holds.
 
     Rollouts already in ``work`` are used, so the command can be run again after an interruption.
     ``progress(stage, done, total, metrics)``.
@@ -129,8 +131,9 @@ def run_recipe(
     log = work / "train.jsonl"
     result = train(model, list(sets["train"]), recipe.train, valid=list(sets["valid"]), log=log, on_step=on_step)
     result["rollouts"] = {name: _describe(rollouts) for name, rollouts in sets.items()}
+    result["about"] = recipe.about
     model.save_pretrained(output)
-    (work / "train.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    update_card(output, "training", result)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from lenvm_service.cli._session import check_device, load_generator, load_scorer
 __all__ = ["app"]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Precision of both models."""
 
     float32 = "float32"
@@ -48,11 +48,12 @@ def prediction(
     work: WorkOption = None,
     device: DeviceOption = "cpu",
     report: ReportOption = None,
+    update: Annotated[bool, typer.Option("--update-card", help="Put the figures into the checkpoint's card.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Error of the predicted length on every test prompt, by domain, next to constants fitted on train prompts.
 
-    Answers in --work are used again, so an interrupted run goes on where it was. On a GPU this takes two minutes; on a CPU,
+    Answers in --work are used again, so an interrupted run goes on where it was. On a GPU this takes minutes; on a CPU
     sampling takes hours.
     """
     need("train")
@@ -77,6 +78,11 @@ def prediction(
         )
     metrics = evaluate_rollouts(loaded, test, train)
     _publish(report, metrics, device)
+    if update:
+        from lenvm.card import update_card
+        from lenvm.modeling import find_checkpoint
+
+        update_card(find_checkpoint(model), "prediction", metrics)
     if as_json:
         print_json(metrics)
     else:

@@ -1,0 +1,83 @@
+"""The Triton kernel and the graphed sampler, on the CPU through Triton's interpreter (a process of its own: the switch
+is read when a kernel is defined)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+KERNEL = """
+import torch
+from lenvm.paged.kernels import step_attention
+
+torch.manual_seed(0)
+for heads, kv_heads, dim, size in ((9, 3, 64, 32), (6, 2, 16, 8), (4, 4, 32, 16)):
+    pool_k, pool_v = (torch.randn(40, kv_heads, size, dim) for _ in range(2))
+    lengths = torch.tensor([0, 5, 3 * size, 4 * size + 3])
+    tables = (torch.randperm(39)[:24] + 1).view(4, 6)
+    counts = [1, 17, 4, 16]
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    total = sum(counts)
+    q = torch.randn(1, total, heads, dim).transpose(1, 2)[0]  # strided, as the backbone gives it
+    k, v = (torch.randn(1, total, kv_heads, dim).transpose(1, 2)[0] for _ in range(2))
+    out = step_attention(q, k, v, pool_k, pool_v, tables, lengths, starts, max(counts), dim**-0.5)
+    for row in range(4):
+        n = int(lengths[row])
+        past_k, past_v = (
+            pool[tables[row]].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :n] for pool in (pool_k, pool_v)
+        )
+        for t in range(int(starts[row]), int(starts[row + 1])):
+            keys = torch.cat([past_k, k[:, t : t + 1]], 1).repeat_interleave(heads // kv_heads, 0)
+            values = torch.cat([past_v, v[:, t : t + 1]], 1).repeat_interleave(heads // kv_heads, 0)
+            want = torch.softmax(q[:, t : t + 1] @ keys.transpose(1, 2) * dim**-0.5, -1) @ values
+            torch.testing.assert_close(out[t], want[:, 0], atol=2e-5, rtol=0)
+print("done")
+"""
+
+SAMPLER = """
+import sys
+import torch
+from lenvm.decoding import Request, SamplingParams
+from lenvm.decoding_cuda import stream_graphed
+from lenvm.rollouts.sampling import LocalGenerator
+
+sampler = LocalGenerator(sys.argv[1], max_rows=3).sampler
+requests = [Request(list(range(3, 3 + 7 * i + 1)), seed=i) for i in range(6)]
+params = SamplingParams(max_new_tokens=40)
+expected = sampler.generate(requests, params)
+# A pool in which three long rows do not fit: rows are put back into the queue and must draw the same tokens again.
+for blocks in (None, 8):
+    if blocks is not None:
+        sampler.pool._free = sampler.pool._free[:blocks]
+        sampler.pool.max_blocks = sampler.pool.num_blocks
+    with torch.inference_mode():
+        graphed = dict(stream_graphed(sampler, requests, params))
+    assert len(graphed) == len(requests)
+    for index, answer in enumerate(expected):
+        assert graphed[index].token_ids == answer.token_ids, (blocks, index)
+        assert graphed[index].finished == answer.finished, (blocks, index)
+    assert sampler.pool.used_blocks == 0
+print("done")
+"""
+
+
+def run(script: str, *arguments: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.stdout.strip() == "done", done.stderr[-2000:]
+
+
+def test_step_kernel_equals_plain_attention() -> None:
+    run(KERNEL)
+
+
+def test_graphed_sampling_equals_the_plain_sampler(tiny_backbone: Path) -> None:
+    run(SAMPLER, str(tiny_backbone))
