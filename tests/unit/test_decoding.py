@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lenvm.backbones import load_backbone
-from lenvm.decoding import Candidates, Request, Sampler, SamplingParams, choose, draw_token
+from lenvm.decoding import Candidates, Request, Sampler, SamplingParams
+from lenvm.decoding.randomness import uniforms
+from lenvm.decoding.sampler import choose, draw_token
 from lenvm.errors import ContextTooLongError, InvalidRequestError
 from lenvm.guidance import LOG_WEIGHT_FLOOR, Objective
 from lenvm.guides import EosGateGuide, ValueGuide
-from lenvm.randomness import uniforms
 from lenvm.scoring import TorchScorer
 
 RNG = np.random.default_rng(11)

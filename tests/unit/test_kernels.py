@@ -44,7 +44,7 @@ SAMPLER = """
 import sys
 import torch
 from lenvm.decoding import Request, SamplingParams
-from lenvm.decoding_cuda import stream_graphed
+from lenvm.decoding.graphed import stream_graphed
 from lenvm.rollouts.sampling import LocalGenerator
 
 sampler = LocalGenerator(sys.argv[1], max_rows=3).sampler

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lenvm.decoding import draw_token
+from lenvm.decoding.randomness import uniforms
+from lenvm.decoding.sampler import draw_token
 from lenvm.paged.attention import Plan
-from lenvm.randomness import uniforms
 
 if TYPE_CHECKING:
-    from lenvm.decoding import Generation, Request, Sampler, SamplingParams, _Slot
+    from lenvm.decoding.sampler import Sampler, _Slot
+    from lenvm.decoding.types import Generation, Request, SamplingParams
 
 __all__ = ["stream_graphed"]
 
