@@ -90,6 +90,7 @@ class ValueGuide:
             bins=bins,
             gamma=self.scorer.gamma,
         )
+        weights[~candidates.kept] = 0.0
         return weights
 
     def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> None:

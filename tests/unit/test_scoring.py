@@ -66,9 +66,11 @@ def test_decoding_steps_are_one_forward_of_the_candidates(scorer: TorchScorer, f
 
 
 def test_a_token_that_was_no_candidate_is_computed(scorer: TorchScorer, full_forward: Any) -> None:
-    (state,) = scorer.open([ids(5)])
+    prefix = ids(5)
+    (state,) = scorer.open([prefix])
     (scored,) = scorer.score([ScoreRow(state, candidates=[10, 11])])
     (answer,) = scorer.score([ScoreRow(scored.state, [12], [13])])
+    close(answer.candidate_logits[0], full_forward([*prefix, 12, 13])[0][-1])
     assert scorer.stats.promoted == 0
     assert answer.cached_tokens == 5
     assert answer.state.length == 6
@@ -86,6 +88,9 @@ def test_handles_are_immutable_and_siblings_do_not_meet(scorer: TorchScorer, ful
             ScoreRow(parent, [20]),
         ]
     )
+    # Looking again without appending must not let a later child write over an earlier one.
+    scorer.score([ScoreRow(parent, candidates=[50, 51])])
+    scorer.score([ScoreRow(parent, [60])])
     grandchildren = scorer.score([ScoreRow(child.state, [30 + at], [40]) for at, child in enumerate(children)])
     tails = [[20], [21, 22, 23], [24], [20]]
     for at, (tail, child, grandchild) in enumerate(zip(tails, children, grandchildren, strict=True)):

@@ -74,7 +74,6 @@ class _GraphedStep:
             write_tokens=self.lanes[:-1],
             write_blocks=block,
             write_offsets=positions % size,
-            rows=tokens.shape[0],
             width=1,
             starts=self.lanes,
         )
@@ -104,25 +103,31 @@ def stream_graphed(
     waiting = deque(enumerate(requests))
     slots: list[_Slot | None] = [None] * lanes
     free = list(range(lanes - 1, -1, -1))
-    while waiting or len(free) < lanes:
-        started = sampler.admit(waiting, lanes - len(free), params, reserve=2 * CHUNK)
-        joined = []
-        for slot in started:
-            lane = free.pop()
-            slots[lane] = slot
-            slot.result.logprob = float("nan")
-            joined.append(lane)
-        _grow(sampler, slots, waiting, free)
-        _upload(graphed, slots, [lane for lane in joined if slots[lane] is not None], free)
-        for _ in range(CHUNK):
-            graphed.advance()
-        history = graphed.history.cpu().numpy()
-        for lane, current in enumerate(slots):
-            if current is not None and _collect(current, history[:, lane], sampler.eos_ids):
-                pool.release(current.blocks)
-                slots[lane] = None
-                free.append(lane)
-                yield current.index, current.result
+    try:
+        while waiting or len(free) < lanes:
+            started = sampler.admit(waiting, lanes - len(free), params, reserve=2 * CHUNK)
+            joined = []
+            for slot in started:
+                lane = free.pop()
+                slots[lane] = slot
+                slot.result.logprob = float("nan")
+                joined.append(lane)
+            _grow(sampler, slots, waiting, free)
+            _upload(graphed, slots, [lane for lane in joined if slots[lane] is not None], free)
+            for _ in range(CHUNK):
+                graphed.advance()
+            history = graphed.history.cpu().numpy()
+            for lane, current in enumerate(slots):
+                if current is not None and _collect(current, history[:, lane], sampler.eos_ids):
+                    pool.release(current.blocks)
+                    slots[lane] = None
+                    free.append(lane)
+                    yield current.index, current.result
+    finally:
+        # Reached early when the caller stops iterating: nothing may leak.
+        for slot_left in slots:
+            if slot_left is not None:
+                pool.release(slot_left.blocks)
 
 
 def _grow(sampler: Sampler, slots: list[_Slot | None], waiting: deque[tuple[int, Request]], free: list[int]) -> None:

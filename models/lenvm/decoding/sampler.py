@@ -30,16 +30,17 @@ _PREFILL_TOKENS = 8192
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The tokens of one step, ``[B]`` each; log-probabilities at the sampler's temperature and at temperature 1."""
+    """The tokens of one step, ``[B]`` each. ``stop_logprobs``: all EOS ids together, at the sampler's temperature;
+    ``raw_logprobs``: the drawn token at temperature 1."""
 
     ids: NDArray[np.int64]
     is_eos: NDArray[np.bool_]
-    logprobs: NDArray[np.float64]
+    stop_logprobs: NDArray[np.float64]
     raw_logprobs: NDArray[np.float64]
     cost: NDArray[np.float64]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     index: int
     request: Request
@@ -140,9 +141,9 @@ class Sampler:
         try:
             while waiting or active:
                 started = self.admit(waiting, len(active), params)
+                active += started
                 if guide is not None and started:
                     guide.start([slot.index for slot in started], [slot.request.prompt_ids for slot in started])
-                active += started
                 ended = self._step(active, params, guide)
                 if guide is not None and ended:
                     guide.finish([slot.index for slot in ended])
@@ -161,8 +162,12 @@ class Sampler:
         ids = request.prompt_ids
         if not len(ids):
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise InvalidRequestError(f"token ids must be in [0, {self.vocab_size})", param="token_ids")
+        if not all(isinstance(i, int | np.integer) for i in ids) or min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise InvalidRequestError(f"token ids must be whole numbers in [0, {self.vocab_size})", param="token_ids")
+        if not 0 <= request.seed < 1 << 63:
+            raise InvalidRequestError("the seed must be in [0, 2^63)", param="seed")
+        if request.max_new_tokens is not None and request.max_new_tokens < 1:
+            raise InvalidRequestError("max_new_tokens must be at least 1", param="max_new_tokens")
         if len(ids) >= self.context:
             raise ContextTooLongError(
                 f"the prompt has {len(ids)} tokens; the backbone's context is {self.context}: shorten the prompt",
@@ -178,7 +183,8 @@ class Sampler:
         started: list[_Slot] = []
         while waiting and running + len(started) < self.max_rows:
             index, request = waiting[0]
-            limit = min(request.max_new_tokens or params.max_new_tokens, self.context - len(request.prompt_ids))
+            wanted = params.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+            limit = min(wanted, self.context - len(request.prompt_ids))
             tokens = len(request.prompt_ids) + (limit if reserve is None else min(reserve, limit))
             needed = self.pool.blocks_for(tokens)
             if needed > self.pool.free_blocks and (running or started):
@@ -187,7 +193,12 @@ class Sampler:
             slot = _Slot(index, request, self.pool.allocate(needed), 0, request.prompt_ids[-1], limit, Generation())
             slot.result.seed = request.seed
             started.append(slot)
-        self._prefill(started)
+        try:
+            self._prefill(started)
+        except BaseException:
+            for slot in started:
+                self.pool.release(slot.blocks)
+            raise
         return started
 
     def _prefill(self, slots: list[_Slot]) -> None:
@@ -227,10 +238,13 @@ class Sampler:
         def pick(array: NDArray[Any]) -> NDArray[Any]:
             return array[np.arange(len(chosen)), chosen]
 
+        if guide is not None and params.temperature == 0:
+            cost = np.full(len(chosen), np.nan)  # greedy decoding has no distribution to compare
+        stops = np.where(candidates.is_eos & candidates.kept, candidates.logprobs, -np.inf)
         drawn = _Drawn(
             pick(candidates.ids),
             pick(candidates.is_eos),
-            pick(candidates.logprobs),
+            np.logaddexp.reduce(stops, axis=-1),
             pick(candidates.raw_logprobs),
             cost,
         )
@@ -239,15 +253,12 @@ class Sampler:
     def _draw_unguided(self, logits: torch.Tensor, params: SamplingParams, draws: torch.Tensor) -> _Drawn:
         ids = draw_token(logits, params.temperature, draws.to(logits.device))
 
-        def logprob(temperature: float) -> NDArray[np.float64]:
-            scaled = logits / temperature
-            picked = scaled.gather(-1, ids[:, None])[:, 0] - scaled.logsumexp(-1)
-            array: NDArray[np.float64] = picked.double().cpu().numpy()
-            return array
-
+        scaled = logits / params.temperature
+        stop = scaled[:, list(self.eos_ids)].logsumexp(-1) - scaled.logsumexp(-1)
+        raw = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+        stop_array, raw_array = (x.double().cpu().numpy() for x in (stop, raw))
         array = ids.cpu().numpy()
-        cost = np.zeros(len(array))
-        return _Drawn(array, np.isin(array, self.eos_ids), logprob(params.temperature), logprob(1.0), cost)
+        return _Drawn(array, np.isin(array, self.eos_ids), stop_array, raw_array, np.zeros(len(array)))
 
     def _candidates(
         self, logits: torch.Tensor, params: SamplingParams, generated: NDArray[np.int64], *, guided: bool
@@ -260,7 +271,7 @@ class Sampler:
             ids = torch.arange(count, device=logits.device).expand(logits.shape)
         else:
             ids = scaled.topk(count, dim=-1).indices
-            eos = torch.full_like(ids[:, :1], self.eos_ids[0])
+            eos = torch.tensor(self.eos_ids, device=ids.device).expand(len(ids), -1)
             # Sorted by id: equal or nearly equal probabilities cannot reorder the draw between two batch shapes.
             ids = torch.cat([ids, eos], dim=-1).sort(dim=-1).values
         logprobs = scaled.gather(-1, ids).double().cpu().numpy()
@@ -270,7 +281,7 @@ class Sampler:
         kept = np.ones_like(is_eos)
         kept[:, 1:] &= id_array[:, 1:] != id_array[:, :-1]  # EOS twice: once from the top-k, once added
         truncated = kept & _survive(logprobs, kept, params)
-        kept = truncated | (kept & (id_array == self.eos_ids[0]))
+        kept = truncated | (kept & is_eos)
         return Candidates(id_array, logprobs, is_eos, kept, generated, raw_logprobs)
 
     def _commit(self, active: list[_Slot], drawn: _Drawn, guide: Guide | None) -> list[_Slot]:
@@ -282,7 +293,7 @@ class Sampler:
             result.text_cost += float(drawn.cost[row])
             if drawn.is_eos[row]:
                 result.finished = True
-                result.forced_stop = bool(drawn.logprobs[row] < math.log(FORCED_STOP_PROBABILITY))
+                result.forced_stop = bool(drawn.stop_logprobs[row] < math.log(FORCED_STOP_PROBABILITY))
                 ended.append(slot)
                 continue
             slot.pending = int(drawn.ids[row])
@@ -308,6 +319,9 @@ def _survive(logprobs: NDArray[np.float64], kept: NDArray[np.bool_], params: Sam
         survive &= logprobs >= logprobs.max(axis=-1, keepdims=True) + math.log(params.min_p)
     if params.top_p < 1:
         masked = np.where(kept, logprobs, -np.inf)
+        masked = masked - np.logaddexp.reduce(
+            masked, axis=-1, keepdims=True
+        )  # of what top-k left, as samplers chain them
         order = np.argsort(-masked, axis=-1, kind="stable")
         ranked = np.take_along_axis(np.exp(masked), order, axis=-1)
         before = np.cumsum(ranked, axis=-1) - ranked
@@ -330,7 +344,7 @@ def choose(
         cost = np.zeros(len(chosen))
     else:
         cumulative = np.cumsum(np.exp(tilted), axis=-1)
-        chosen = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(axis=-1)
+        chosen = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(axis=-1).clip(max=cumulative.shape[-1] - 1)
         picked = chosen[:, None]
         cost = (np.take_along_axis(tilted, picked, -1) - np.take_along_axis(base, picked, -1))[:, 0]
     return chosen.astype(np.int64), cost

@@ -18,7 +18,8 @@ __all__ = ["Candidates", "Generation", "Guide", "Request", "SamplingParams"]
 @dataclass(frozen=True)
 class SamplingParams:
     """How the generator samples. ``temperature`` 0 is greedy. ``top_k`` None means the whole vocabulary when unguided
-    and ``DEFAULT_CANDIDATES`` when guided. EOS always stays a candidate, whatever the truncation."""
+    and ``DEFAULT_CANDIDATES`` when guided. ``top_p`` cuts what ``top_k`` left, renormalised. Every EOS id stays a
+    candidate, whatever the truncation."""
 
     temperature: float = 0.7
     top_k: int | None = None
@@ -31,11 +32,16 @@ class SamplingParams:
             if not ok:
                 raise InvalidRequestError(f"{param} must be {wanted}, got {getattr(self, param)!r}", param=param)
 
+        def whole(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        for name in ("temperature", "top_p", "min_p"):
+            check(isinstance(getattr(self, name), int | float), name, "a number")
         check(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "finite and at least 0")
-        check(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
+        check(self.top_k is None or (whole(self.top_k) and self.top_k >= 1), "top_k", "a whole number of at least 1")
         check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(0 <= self.min_p < 1, "min_p", "in [0, 1)")
-        check(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        check(whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "a whole number of at least 1")
 
     @property
     def full_vocabulary(self) -> bool:
@@ -55,8 +61,9 @@ class Request:
 @dataclass
 class Generation:
     """What came out. ``text_cost``: log q - log p summed over sampled tokens, EOS included (nats, at the sampler's
-    temperature and truncation). ``logprob``: log p of the content tokens at temperature 1, full vocabulary (NaN where
-    the fast path does not keep it)."""
+    temperature and truncation); NaN for a guided greedy answer, which follows no distribution. ``logprob``: log p of
+    the content tokens at temperature 1, full vocabulary. The graphed path keeps neither ``logprob`` (NaN) nor
+    ``forced_stop`` (False)."""
 
     token_ids: list[int] = field(default_factory=list)
     finished: bool = False

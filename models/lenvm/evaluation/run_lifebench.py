@@ -41,7 +41,7 @@ class LifebenchSettings:
 
     targets: Sequence[int] = (64, 128, 256)
     tasks: int = 50
-    tuning_tasks: int = 10
+    tuning_tasks: int = 6
     samples: int = 1
     modes: Sequence[str] = MODES
     tolerance: float = 0.05
@@ -69,6 +69,8 @@ def run_lifebench(
     """Metrics (modes, comparisons with paired bootstrap intervals, the gate that was chosen) and every answer."""
     everything = load_tasks(data, n=None, seed=settings.seed)
     tasks, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
+    if "eos_gate" in settings.modes and not tuning:
+        raise InvalidRequestError(f"all {len(everything)} tasks are in the test: the gate needs some to be tuned on")
     gate = _tune_gate(generator, tuning, settings) if "eos_gate" in settings.modes else None
     rows: list[Row] = []
     for mode in settings.modes:

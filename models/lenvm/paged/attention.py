@@ -37,24 +37,33 @@ class Row:
     candidates: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Rows of like width and prefix, padded to one shape: ``B`` rows of ``T`` new tokens over ``S`` cached places."""
+
+    tables: torch.Tensor  # [B, blocks] block ids, padded with block 0
+    pad: torch.Tensor  # [B * T] token of each padded place
+    tokens: torch.Tensor  # [n] the group's tokens ...
+    places: torch.Tensor  # [n] ... and their padded places
+    mask: torch.Tensor  # [B, 1, T, S + T]
+
+
 @dataclass
 class Plan:
-    """Where every token of a packed forward stands: ``N`` tokens, ``B`` rows, ``T`` = longest row, ``S`` = slots."""
+    """Where every token of a packed forward stands: ``N`` tokens, ``B`` rows, ``T`` = longest row."""
 
     pool: BlockPool
     input_ids: torch.Tensor  # [N]
     positions: torch.Tensor  # [N]
-    tables: torch.Tensor  # [B, blocks] block ids, padded with block 0
-    prefix_lens: torch.Tensor  # [B]
     write_tokens: torch.Tensor | None  # [W] which tokens are stored ...
     write_blocks: torch.Tensor | None  # [W] ... and where
     write_offsets: torch.Tensor | None  # [W]
-    rows: int
-    width: int  # T
+    # The step kernel reads these; ``groups`` is empty then.
+    tables: torch.Tensor  # [B, blocks]
+    prefix_lens: torch.Tensor  # [B]
     starts: torch.Tensor  # [B + 1] first token of each row
-    pad: torch.Tensor | None = None  # [B, T] token of each padded place; None where all rows have T tokens
-    unpad: torch.Tensor | None = None  # [N] padded place of each token
-    mask: torch.Tensor | None = None  # [B, 1, T, S + T]; None: the step kernel needs none
+    width: int  # T
+    groups: list[_Group] = field(default_factory=list)
     capture: torch.Tensor | None = None  # [C] tokens whose keys and values come back (candidates)
     captured_keys: list[torch.Tensor] = field(default_factory=list)  # per layer [C, kv_heads, head_dim]
     captured_values: list[torch.Tensor] = field(default_factory=list)
@@ -74,8 +83,7 @@ def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) ->
     is_tail = local < tails[row_of]
     positions = prefixes[row_of] + np.minimum(local, tails[row_of])
 
-    slots = pool.blocks_for(int(prefixes.max()))
-    tables = np.zeros((len(rows), max(1, slots)), dtype=np.int64)
+    tables = np.zeros((len(rows), max(1, pool.blocks_for(int(prefixes.max())))), dtype=np.int64)
     for index, row in enumerate(rows):
         held = row.blocks[: pool.blocks_for(row.prefix_len)]
         tables[index, : len(held)] = held
@@ -85,28 +93,47 @@ def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) ->
     def tensor(array: Any) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    ragged = bool((lengths != width).any())
-    pad = np.where(np.arange(width) < lengths[:, None], starts[:, None] + np.arange(width), 0)
-    chosen = np.flatnonzero(~is_tail)
-    # A decoding step: every new token sees its prefix and itself alone, so the mask is implied.
+    # A decoding step: every new token sees its prefix and itself alone, so the kernel needs no mask.
     step = device.type == "cuda" and (bool((tails == 0).all()) or width == 1)
+    groups: list[_Group] = []
+    for members in [] if step else _like_rows(lengths, prefixes, size):
+        wide, deep = int(lengths[members].max()), pool.blocks_for(int(prefixes[members].max()))
+        place = np.arange(wide)
+        filled = place < lengths[members][:, None]
+        token = np.where(filled, starts[members][:, None] + place, 0)
+        mask = _tree_mask(prefixes[members], tails[members], lengths[members], deep * size)
+        groups.append(
+            _Group(
+                tables=tensor(tables[members, :deep]),
+                pad=tensor(token.reshape(-1)),
+                tokens=tensor(token[filled]),
+                places=tensor(np.flatnonzero(filled)),
+                mask=tensor(mask),
+            )
+        )
+    chosen = np.flatnonzero(~is_tail)
     return Plan(
         pool=pool,
         input_ids=tensor(ids),
         positions=tensor(positions),
-        tables=tensor(tables),
-        prefix_lens=tensor(prefixes),
         write_tokens=tensor(written) if len(written) else None,
         write_blocks=tensor(blocks) if len(written) else None,
         write_offsets=tensor(positions[written] % size) if len(written) else None,
-        rows=len(rows),
-        width=width,
+        tables=tensor(tables),
+        prefix_lens=tensor(prefixes),
         starts=tensor(np.append(starts, total)),
-        pad=tensor(pad) if ragged else None,
-        unpad=tensor(row_of * width + local) if ragged else None,
-        mask=None if step else tensor(_tree_mask(prefixes, tails, lengths, slots * size)),
+        width=width,
+        groups=groups,
         capture=tensor(chosen) if capture and len(chosen) else None,
     )
+
+
+def _like_rows(lengths: Any, prefixes: Any, size: int) -> list[Any]:
+    """Indices of rows that may be padded to one shape: one long prompt among decoding rows must not widen them all."""
+    wide = np.where(lengths <= _SHORT, 0, np.ceil(np.log2(np.maximum(lengths, 2))))
+    deep = np.ceil(np.log2(np.maximum(prefixes / (8 * size), 1)))
+    _, group = np.unique(np.stack([wide, deep]), axis=1, return_inverse=True)
+    return [np.flatnonzero(group.reshape(-1) == g) for g in range(int(group.max()) + 1)]
 
 
 def _tree_mask(prefixes: Any, tails: Any, lengths: Any, slots: int) -> Any:
@@ -142,13 +169,15 @@ def attend(
     if plan.capture is not None:
         plan.captured_keys.append(keys[:, plan.capture].transpose(0, 1))
         plan.captured_values.append(values[:, plan.capture].transpose(0, 1))
-    if plan.mask is None:
+    if plan.groups:
+        out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device)
+        for group in plan.groups:
+            out[group.tokens] = _masked_attention(query[0], keys, values, pool, group, layer, scaling)
+    else:
         from lenvm.paged.kernels import step_attention
 
         cache = (pool.keys[layer], pool.values[layer], plan.tables, plan.prefix_lens)
         out = step_attention(query[0], keys, values, *cache, plan.starts, plan.width, scaling)
-    else:
-        out = _masked_attention(query[0], keys, values, plan, layer, scaling)
     if plan.write_tokens is not None:
         # After attention: the masked path reads this row's new tokens from ``keys``, never from the pool.
         stored = slice(None) if plan.write_tokens.numel() == keys.shape[1] else plan.write_tokens
@@ -158,35 +187,38 @@ def attend(
 
 
 def _masked_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: Plan, layer: int, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pool: BlockPool,
+    group: _Group,
+    layer: int,
+    scaling: float,
 ) -> torch.Tensor:
-    """The readable path, right on every device: gather, pad, one masked softmax. ``[heads, N, D] -> [N, heads, D]``."""
+    """The readable path, right on every device: gather, pad, one masked softmax. ``[heads, N, D] -> [n, heads, D]``."""
     heads, _, dim = query.shape
-    kv_heads, rows, width = keys.shape[0], plan.rows, plan.width
-    assert plan.mask is not None
+    kv_heads, rows, width = keys.shape[0], group.mask.shape[0], group.mask.shape[2]
 
     def padded(x: torch.Tensor) -> torch.Tensor:  # [h, N, D] -> [B, h, T, D]
-        flat = x if plan.pad is None else x[:, plan.pad.reshape(-1)]
-        return flat.view(x.shape[0], rows, width, dim).transpose(0, 1)
+        return x[:, group.pad].view(x.shape[0], rows, width, dim).transpose(0, 1)
 
     q, k, v = padded(query), padded(keys), padded(values)
-    if plan.mask.shape[-1] > width:
+    if group.mask.shape[-1] > width:
 
-        def prefix(blocks: torch.Tensor) -> torch.Tensor:  # [B, M, h, size, D] -> [B, h, slots, D]
-            return blocks[plan.tables].transpose(1, 2).reshape(rows, kv_heads, -1, dim).to(query.dtype)
+        def prefix(blocks: torch.Tensor) -> torch.Tensor:  # [B, M, h, size, D] -> [B, h, S, D]
+            return blocks[group.tables].transpose(1, 2).reshape(rows, kv_heads, -1, dim).to(query.dtype)
 
-        k = torch.cat([prefix(plan.pool.keys[layer]), k], dim=2)
-        v = torch.cat([prefix(plan.pool.values[layer]), v], dim=2)
+        k = torch.cat([prefix(pool.keys[layer]), k], dim=2)
+        v = torch.cat([prefix(pool.values[layer]), v], dim=2)
     # The heads that share keys stand side by side as queries: every key is read once for all of them.
-    group = heads // kv_heads
-    q = q.reshape(rows, kv_heads, group * width, dim)
-    mask = plan.mask.repeat(1, 1, group, 1) if group > 1 else plan.mask
+    shared = heads // kv_heads
+    q = q.reshape(rows, kv_heads, shared * width, dim)
+    mask = group.mask.repeat(1, 1, shared, 1) if shared > 1 else group.mask
     if width <= _SHORT:
         out = _short_attention(q, k, v, mask, scaling)
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    flat = out.view(rows, heads, width, dim).transpose(1, 2).reshape(rows * width, heads, dim)
-    return flat if plan.unpad is None else flat[plan.unpad]
+    return out.view(rows, heads, width, dim).transpose(1, 2).reshape(rows * width, heads, dim)[group.places]
 
 
 def _short_attention(

@@ -35,12 +35,12 @@ def _step_kernel(
         block = tl.load(table_ptr + row * stride_table + pos // SIZE, mask=seen, other=0).to(tl.int64)
         place = block * stride_pb + head * stride_ph + (pos % SIZE) * D
         keys = tl.load(pool_k_ptr + place[None, :] + d[:, None], mask=seen[None, :], other=0.0)
-        scores = tl.where(seen[None, :], tl.dot(q, keys) * scale, float("-inf"))
+        scores = tl.where(seen[None, :], tl.dot(q, keys, input_precision="ieee") * scale, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         values = tl.load(pool_v_ptr + place[:, None] + d[None, :], mask=seen[:, None], other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         peak = new_peak
     # The tree mask's diagonal: each candidate sees itself.

@@ -141,7 +141,8 @@ class BlockPool:
                 self.values[layer][target] = self.values[layer][source]
         self.retain(shared)
         child = shared + fresh
-        for index in range(length // self.block_size, len(child)):
+        # Nothing appended: the parent's last block keeps its fill mark, or a later child would write over a sibling.
+        for index in range(length // self.block_size, len(child)) if count else ():
             self._filled[child[index]] = min(self.block_size, length + count - index * self.block_size)
         return child
 

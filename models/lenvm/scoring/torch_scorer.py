@@ -82,7 +82,7 @@ class TorchScorer:
         pool_tokens: tokens of keys and values that open states may hold together; default: 256k on the CPU, what a
             quarter of the free memory holds on CUDA.
         block_size: tokens in a block.
-        token_budget: tokens of one forward, the padding of attention counted; a larger call is split.
+        token_budget: new tokens of one forward; a larger call is split.
     """
 
     def __init__(
@@ -205,14 +205,15 @@ class TorchScorer:
         return work
 
     def _chunks(self, works: Sequence[_Work]) -> Iterator[list[int]]:
-        """Split a call by token budget. Rows of like width go together, since attention pads them to the widest."""
-        order = sorted(range(len(works)), key=lambda i: works[i].new_tokens)
+        """Split a call so that each forward takes at most the token budget (or one row)."""
         chunk: list[int] = []
-        for index in order:
-            if chunk and (len(chunk) + 1) * works[index].new_tokens > self.token_budget:
+        tokens = 0
+        for index, work in enumerate(works):
+            if chunk and tokens + work.new_tokens > self.token_budget:
                 yield chunk
-                chunk = []
+                chunk, tokens = [], 0
             chunk.append(index)
+            tokens += work.new_tokens
         if chunk:
             yield chunk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lenvm.errors import DataError
 from lenvm_service.cli._options import DEFAULT_MODEL, BackboneOption, DataOption, DeviceOption, JsonOption, ModelOption
-from lenvm_service.cli._output import ProgressReporter, number, print_json, stdout_console, table, title
+from lenvm_service.cli._output import ProgressReporter, number, print_json, print_warnings, stdout_console, table, title
 from lenvm_service.cli._session import check_device, load_generator, load_scorer, need
 
 __all__ = ["app"]
@@ -60,6 +62,7 @@ def prediction(
     from lenvm.evaluation.run_prediction import evaluate_rollouts, rollouts_to_evaluate
 
     check_device(device)
+    _check_writable(report)
     loaded, _ = load_scorer(model, device=device)
     generator = loaded.config.generator
     from lenvm.decoding import SamplingParams
@@ -160,20 +163,22 @@ def lifebench(
     need("train")
     from lenvm.evaluation.run_lifebench import MODES, LifebenchSettings, run_lifebench
 
+    _check_writable(report, texts)
     settings = LifebenchSettings(
         targets=_whole_numbers(targets), tasks=tasks, samples=samples, modes=tuple(modes.split(",")) if modes else MODES
     )
     loaded, scorer = load_scorer(model, device=device, dtype=dtype.value)
-    generator, _ = load_generator(loaded, backbone, device=device, dtype=dtype.value, max_rows=max_rows)
+    generator, warnings = load_generator(loaded, backbone, device=device, dtype=dtype.value, max_rows=max_rows)
+    print_warnings(warnings)
     with ProgressReporter() as progress:
         metrics, rows = run_lifebench(generator, scorer, data, settings, progress=progress.update)
-    if texts is not None:
-        _write_texts(texts, rows, generator.tokenizer)
-    _publish(report, metrics, device)
     if as_json:
         print_json(metrics)
     else:
         _print_lifebench(metrics, settings.modes)
+    if texts is not None:
+        _write_texts(texts, rows, generator.tokenizer)
+    _publish(report, metrics, device)
 
 
 def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str]) -> None:
@@ -222,6 +227,13 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     if not found or min(found) < 1:
         raise typer.BadParameter(f"{text!r}: give whole numbers with commas between them, like 64,128")
     return found
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Before hours of work, not after them. Raises DataError where a file could not be written."""
+    for path in paths:
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise DataError(f"{path} cannot be written: make the folder {path.parent} first")
 
 
 def _publish(report: Path | None, metrics: Mapping[str, Any], device: str) -> None:
