@@ -20,6 +20,7 @@ from lenvm.errors import (
     InvalidRequestError,
     LenVMError,
     MissingExtraError,
+    PoolExhaustedError,
     StateClosedError,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "LengthValueModel",
     "MissingExtraError",
     "Objective",
+    "PoolExhaustedError",
     "Sampler",
     "SamplingParams",
     "StateClosedError",

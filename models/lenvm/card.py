@@ -10,7 +10,7 @@ from typing import Any
 from lenvm.config import LenVMConfig
 from lenvm.errors import ArtifactError
 
-__all__ = ["update_card"]
+__all__ = ["EVAL_FILE", "update_card"]
 
 EVAL_FILE = "eval.json"
 _COLUMNS = (
@@ -37,8 +37,8 @@ def update_card(folder: Path, section: str, figures: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}): delete it and evaluate again") from None
     found[section] = figures
-    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(_card(config, found))
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, found), encoding="utf-8")
 
 
 def _card(config: LenVMConfig, found: Mapping[str, Any]) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lenvm.backbones._files import file_sha256
 from lenvm.distribution import LengthBins
 from lenvm.errors import ArtifactError, LenVMError
 from lenvm.returns import check_gamma
 
-__all__ = ["FORMAT_VERSION", "BackboneRef", "GeneratorRef", "HeadConfig", "LenVMConfig", "file_sha256"]
+__all__ = ["ADAPTER_FILE", "FORMAT_VERSION", "HEAD_FILE", "BackboneRef", "GeneratorRef", "HeadConfig", "LenVMConfig"]
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "lenvm.json"
+HEAD_FILE = "head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class LenVMConfig:
         """Write ``lenvm.json`` into ``folder``."""
         data = asdict(self)
         data["head"]["bins"] = self.head.bins.to_dict() if self.head.bins else None
-        (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+        (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> LenVMConfig:
@@ -88,16 +91,23 @@ class LenVMConfig:
         if version != FORMAT_VERSION:
             raise ArtifactError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}")
         try:
-            head = data["head"]
+            head, scale = data["head"], data["lora_scale"]
             bins = LengthBins.from_dict(head["bins"]) if head["bins"] is not None else None
             return cls(
-                name=str(data["name"]),
-                backbone=BackboneRef(**data["backbone"]),
-                head=HeadConfig(int(head["width"]), bins),
+                name=_checked(data, "name", str),
+                backbone=BackboneRef(
+                    **{name: _checked(data["backbone"], name, str) for name in ("name", "sha256", "tokenizer_sha256")}
+                ),
+                head=HeadConfig(_checked(head, "width", int, low=1), bins),
                 gamma=check_gamma(data["gamma"]),
-                generator=GeneratorRef(**data["generator"]),
-                lora_scale=data["lora_scale"],
-                files=dict(data["files"]),
+                generator=GeneratorRef(
+                    backbone=_checked(data["generator"], "backbone", str),
+                    temperature=_checked(data["generator"], "temperature", float, low=0),
+                    top_p=_checked(data["generator"], "top_p", float, low=0),
+                    max_new_tokens=_checked(data["generator"], "max_new_tokens", int, low=1),
+                ),
+                lora_scale=None if scale is None else _checked(data, "lora_scale", float),
+                files=_checked_files(data["files"], adapter=scale is not None),
                 calibration=data["calibration"],
             )
         except (KeyError, TypeError, ValueError, LenVMError) as error:
@@ -117,7 +127,20 @@ class LenVMConfig:
                 raise ArtifactError(f"{path} does not match its SHA-256 in {CONFIG_FILE}: fetch the checkpoint again")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _checked(data: Mapping[str, Any], name: str, kind: type, *, low: float | None = None) -> Any:
+    value: Any = data[name]
+    wanted = (int, float) if kind is float else kind
+    if isinstance(value, bool) or not isinstance(value, wanted) or (low is not None and not value >= low):
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _checked_files(files: Any, *, adapter: bool) -> dict[str, str]:
+    """An artifact that names no weights would switch the check of its weights off."""
+    needed = {HEAD_FILE, ADAPTER_FILE} if adapter else {HEAD_FILE}
+    if not isinstance(files, dict) or not needed <= set(files):
+        raise ValueError(f"files must name {', '.join(sorted(needed))}")
+    for name, digest in files.items():
+        if Path(name).name != name or not isinstance(digest, str):
+            raise ValueError(f"files names {name!r}")
+    return dict(files)

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lenvm.config import ADAPTER_FILE
 from lenvm.errors import ArtifactError
 
-__all__ = ["ADAPTER_FILE", "LoRALinear", "inject", "merge", "save_adapter"]
+__all__ = ["LoRALinear", "inject", "merge", "save_adapter"]
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -98,7 +98,10 @@ def merge(decoder: nn.Module, folder: Path, scale: float) -> None:
             weight = decoder.get_submodule(layer).weight
         except AttributeError:
             raise ArtifactError(f"the adapter names {layer}, which this backbone does not have") from None
-        low, high = tensors[key].float(), tensors[key.replace(".lora_A.", ".lora_B.")].float()
+        partner = key.replace(".lora_A.", ".lora_B.")
+        if partner not in tensors:
+            raise ArtifactError(f"{folder / ADAPTER_FILE} lacks {partner}: fetch the checkpoint again")
+        low, high = tensors[key].float(), tensors[partner].float()
         delta = scale * (high @ low)
         if not isinstance(weight, torch.Tensor) or weight.shape != delta.shape:
             raise ArtifactError(f"the adapter does not fit layer {layer} of this backbone")

@@ -13,15 +13,15 @@ from torch import nn
 
 from lenvm._resources import zoo_dir
 from lenvm.backbones import backbone_sha256, load_tokenizer, resolve_backbone, tokenizer_sha256
-from lenvm.config import BackboneRef, GeneratorRef, HeadConfig, LenVMConfig, file_sha256
+from lenvm.backbones._files import file_sha256
+from lenvm.config import ADAPTER_FILE, HEAD_FILE, BackboneRef, GeneratorRef, HeadConfig, LenVMConfig
 from lenvm.errors import ArtifactError
-from lenvm.lora import ADAPTER_FILE, merge, save_adapter
+from lenvm.lora import merge, save_adapter
 from lenvm.paged import use_paged_attention
 
 __all__ = ["DEFAULT_MODEL", "HeadOutput", "LengthValueModel", "ValueHead", "find_checkpoint"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-HEAD_FILE = "head.safetensors"
 
 
 @dataclass(frozen=True)

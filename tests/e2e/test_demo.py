@@ -8,34 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from lenvm.backbones import DEFAULT_BACKBONE
-from lenvm.config import GeneratorRef, HeadConfig
-from lenvm.distribution import LengthBins
-from lenvm.errors import ArtifactError
-from lenvm.modeling import LengthValueModel, find_checkpoint
 
 OBJECTIVES = ("unguided", "equal_to 24", "at_most 24", "at_least 24", "tilt lambda", "tilt beta", "scale factor 0.5")
 
 
-@pytest.fixture(scope="module")
-def model(real_backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """No option where a checkpoint is shipped; in a tree that carries none, an untrained one to run the parts on."""
-    try:
-        find_checkpoint(DEFAULT_BACKBONE)
-        return []
-    except ArtifactError:
-        folder = tmp_path_factory.mktemp("untrained")
-        torch.manual_seed(0)
-        head, generator = HeadConfig(64, LengthBins()), GeneratorRef(DEFAULT_BACKBONE, 0.7, 1.0, 2048)
-        made = LengthValueModel.create(DEFAULT_BACKBONE, name="untrained", head=head, gamma=0.997, generator=generator)
-        made.save_pretrained(folder)
-        return ["--model", str(folder)]
-
-
-def test_the_demo_shows_every_part_and_stops(model: list[str]) -> None:
-    command = [sys.executable, "-m", "lenvm_service.cli", "demo", "--samples", "2", "--max-new-tokens", "48", *model]
+@pytest.mark.usefixtures("real_backbone_dir")
+def test_the_demo_shows_every_part_and_stops() -> None:
+    command = [sys.executable, "-m", "lenvm_service.cli", "demo", "--samples", "2", "--max-new-tokens", "48"]
     environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr

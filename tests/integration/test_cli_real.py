@@ -11,29 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lenvm.backbones import DEFAULT_BACKBONE
-from lenvm.config import GeneratorRef, HeadConfig
-from lenvm.distribution import LengthBins
-from lenvm.errors import ArtifactError
-from lenvm.modeling import LengthValueModel, find_checkpoint
+from lenvm.modeling import find_checkpoint
 
 PROMPT = "Why is the sky blue?"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(real_backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint; in a tree that carries none, an untrained head on the real backbone."""
-    try:
-        return find_checkpoint(DEFAULT_BACKBONE)
-    except ArtifactError:
-        folder = tmp_path_factory.mktemp("untrained")
-        torch.manual_seed(0)
-        head, generator = HeadConfig(64, LengthBins()), GeneratorRef(DEFAULT_BACKBONE, 0.7, 1.0, 2048)
-        made = LengthValueModel.create(DEFAULT_BACKBONE, name="untrained", head=head, gamma=0.997, generator=generator)
-        made.save_pretrained(folder)
-        return folder
+def checkpoint(real_backbone_dir: Path) -> Path:
+    """The shipped checkpoint, on the real backbone."""
+    return find_checkpoint(DEFAULT_BACKBONE)
 
 
 def lenvm(*arguments: object, status: int = 0, stdin: str | None = None) -> tuple[str, str]:

@@ -96,6 +96,10 @@ def test_tampered_truncated_and_missing_files(copy: Path) -> None:
         ({"head": {"width": 16, "bins": {"cap": -1}}}, "damaged"),
         ({"head": {"width": 99, "bins": LengthBins(cap=64).to_dict()}}, "does not fit"),
         ({"generator": None}, "damaged"),
+        ({"head": {"width": -1, "bins": None}}, "damaged"),
+        ({"backbone": {"name": "x", "sha256": 5, "tokenizer_sha256": ""}}, "damaged"),
+        ({"files": {}}, "damaged"),
+        ({"files": {"../head.safetensors": "0", "head.safetensors": "0"}}, "damaged"),
     ],
 )
 def test_a_wrong_config(copy: Path, changes: dict[str, Any], match: str) -> None:

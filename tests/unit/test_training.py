@@ -171,7 +171,7 @@ def test_a_recipe_makes_a_checkpoint_that_knows_something(recipe_path: Path, tin
     )  # fmt: skip
     assert stages == {"rollouts-valid", "rollouts-train", "train"}
     lines = [json.loads(line) for line in (tmp_path / "work" / "train.jsonl").read_text().splitlines()]
-    assert lines[-1]["total"] < 0.8 * lines[0]["total"] or lines[-1]["bins"] < lines[0]["bins"]
+    assert lines[-1]["bins"] < 0.9 * lines[0]["bins"]
     # Uniform bins cost ln(n): what was learnt must carry over to prompts that were not seen.
     assert result["valid"]["bins"] < 0.9 * math.log(BINS.size)
 

@@ -12,7 +12,7 @@ from lenvm.backbones import backbone_sha256, encode_chat, load_backbone, load_to
 from lenvm.decoding import Request, Sampler, SamplingParams
 from lenvm.errors import BackboneError
 from lenvm.prompts import Prompt
-from lenvm.rollouts.records import Rollout, RolloutSet
+from lenvm.rollouts.records import Key, Rollout, RolloutSet
 from lenvm.rollouts.store import RolloutWriter, completed, read_rollouts
 
 __all__ = ["LocalGenerator", "sample_rollouts", "stream_seed"]
@@ -72,25 +72,28 @@ def sample_rollouts(
     max_prompt_tokens: int = 1024,
     on_done: Callable[[int, int], None] | None = None,
 ) -> RolloutSet:
-    """Sample ``samples`` answers of each prompt into ``folder``; what is already there is kept, so a rerun goes on.
+    """``samples`` answers of each prompt. What ``folder`` holds already is used and the rest sampled into it, so that a
+    rerun goes on; a prompt given twice counts once.
 
     Prompts of more than ``max_prompt_tokens`` tokens are left out. ``on_done(answers, tokens)`` reports progress; its
     first call tells how many answers were there before.
     """
-    description = generator.describe(params) | {"samples": samples, "seed": seed}
+    description = generator.describe(params) | {"seed": seed}
     done = completed(folder, description)
     keys, requests = [], []
+    wanted: set[Key] = set()
     for prompt in prompts:
         ids = encode_chat(generator.tokenizer, prompt.text)
         if len(ids) > max_prompt_tokens:
             continue
         for sample in range(samples):
-            stream = stream_seed(prompt.id, sample, seed)
-            if (prompt.id, stream) not in done:
+            key = (prompt.id, stream_seed(prompt.id, sample, seed))
+            if key not in done and key not in wanted:
                 keys.append(prompt)
-                requests.append(Request(ids, stream))
+                requests.append(Request(ids, key[1]))
+            wanted.add(key)
     if on_done:
-        on_done(len(done), 0)
+        on_done(len(done & wanted), 0)
     with RolloutWriter(folder, description) as writer:
         for index, generation in generator.sampler.stream(requests, params):
             prompt, request = keys[index], requests[index]
@@ -106,4 +109,8 @@ def sample_rollouts(
             )
             if on_done:
                 on_done(1, len(generation.token_ids))
-    return read_rollouts(folder)
+    stored = read_rollouts(folder)
+    if len(stored) == len(wanted):
+        return stored
+    # The folder holds answers that an earlier call asked for.
+    return RolloutSet((rollout for rollout in stored if rollout.key in wanted), description)

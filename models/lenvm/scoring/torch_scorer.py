@@ -253,7 +253,9 @@ class TorchScorer:
             at += size
             captured = None
             if count and keys is not None and values is not None:
-                captured = keys[:, candidate_at : candidate_at + count], values[:, candidate_at : candidate_at + count]
+                mine = slice(candidate_at, candidate_at + count)
+                # Copies: a handle that lives long must not keep the whole call's keys and values alive.
+                captured = keys[:, mine].clone(), values[:, mine].clone()
                 candidate_at += count
             results.append(self._finish(work, own, captured, count))
         return results

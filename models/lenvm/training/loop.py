@@ -114,15 +114,15 @@ def train(
     steps = max(1, math.ceil(1.03 * settings.epochs * total / settings.batch_tokens))
     accumulate = settings.batch_tokens // settings.micro_tokens
     metrics: dict[str, float] = {}
-    started, seen, step = time.perf_counter(), 0, 0
-    lines = log.open("a") if log else None
+    started, first_done, seen, step = time.perf_counter(), 0.0, 0, 0
+    lines = log.open("w") if log else None
     model.train()
     micro = _batches(samples, settings)
     while step < steps:
         group = list(islice(micro, accumulate))
         if not group:
             break
-        elapsed = time.perf_counter() - started
+        elapsed = time.perf_counter() - (first_done or time.perf_counter())  # the first step compiles
         scale = _schedule(step, steps, settings, elapsed)
         for options in optimizer.param_groups:
             options["lr"] = settings.learning_rate * scale
@@ -136,6 +136,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        first_done = first_done or time.perf_counter()
         if step % 10 == 0 or step == steps:
             metrics = _mean(parts) | {"grad_norm": float(norm), "lr": settings.learning_rate * scale}
             metrics["tokens_per_s"] = seen / (time.perf_counter() - started)

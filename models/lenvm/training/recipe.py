@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lenvm.card import update_card
+from lenvm.card import EVAL_FILE, update_card
 from lenvm.config import GeneratorRef, HeadConfig
 from lenvm.decoding import SamplingParams
 from lenvm.distribution import LengthBins
@@ -133,6 +133,7 @@ def run_recipe(
     result["rollouts"] = {name: _describe(rollouts) for name, rollouts in sets.items()}
     result["about"] = recipe.about
     model.save_pretrained(output)
+    (output / EVAL_FILE).unlink(missing_ok=True)  # figures of whatever was there before
     update_card(output, "training", result)
     return result
 
