@@ -130,7 +130,8 @@ class LenVMConfig:
 def _checked(data: Mapping[str, Any], name: str, kind: type, *, low: float | None = None) -> Any:
     value: Any = data[name]
     wanted = (int, float) if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, wanted) or (low is not None and not value >= low):
+    is_kind = isinstance(value, wanted) and not isinstance(value, bool)
+    if not is_kind or (low is not None and not data[name] >= low):
         raise ValueError(f"{name} is {value!r}")
     return value
 

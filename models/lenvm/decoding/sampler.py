@@ -131,7 +131,7 @@ class Sampler:
             self._check(request)
         if not requests:
             return
-        if self.device.type == "cuda" and guide is None and params.full_vocabulary:
+        if self.pool.has_step_kernel and guide is None and params.full_vocabulary:
             from lenvm.decoding.graphed import stream_graphed
 
             yield from stream_graphed(self, requests, params)

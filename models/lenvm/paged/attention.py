@@ -94,7 +94,7 @@ def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) ->
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     # A decoding step: every new token sees its prefix and itself alone, so the kernel needs no mask.
-    step = device.type == "cuda" and (bool((tails == 0).all()) or width == 1)
+    step = pool.has_step_kernel and (bool((tails == 0).all()) or width == 1)
     groups: list[_Group] = []
     for members in [] if step else _like_rows(lengths, prefixes, size):
         wide, deep = int(lengths[members].max()), pool.blocks_for(int(prefixes[members].max()))

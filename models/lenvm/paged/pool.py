@@ -70,6 +70,11 @@ class BlockPool:
         return torch.zeros(size, dtype=self.dtype, device=self.device)
 
     @property
+    def has_step_kernel(self) -> bool:
+        """True if the Triton kernel serves this pool: on CUDA, for heads whose size is a power of two."""
+        return self.device.type == "cuda" and self.shape.head_dim & (self.shape.head_dim - 1) == 0
+
+    @property
     def free_blocks(self) -> int:
         """Blocks that can still be handed out, growth included."""
         return len(self._free) + self.max_blocks - self.num_blocks
