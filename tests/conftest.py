@@ -46,16 +46,21 @@ def _no_network_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytes
 
 
 @pytest.fixture(scope="session")
-def real_backbone_dir() -> Path:
+def real_parts_required() -> bool:
+    """True under CI or LENVM_REQUIRE_REAL: a missing real part is a failure then, never a skip."""
+    return any(os.environ.get(name, "").lower() not in ("", "0", "false") for name in ("CI", "LENVM_REQUIRE_REAL"))
+
+
+@pytest.fixture(scope="session")
+def real_backbone_dir(real_parts_required: bool) -> Path:
     """The folder of the real backbone.
 
-    Where it was not pulled: skipped, unless CI or LENVM_REQUIRE_REAL is set; then it is pulled, and a failure fails.
+    Where it was not pulled: skipped, unless real parts are required; then it is pulled, and a failure fails.
     """
     from lenvm.backbones import DEFAULT_BACKBONE, cache_root, resolve_backbone
 
-    required = any(os.environ.get(name, "").lower() not in ("", "0", "false") for name in ("CI", "LENVM_REQUIRE_REAL"))
     pulled = (cache_root() / "backbones" / DEFAULT_BACKBONE / "config.json").is_file()
-    if not required and not pulled:
+    if not real_parts_required and not pulled:
         pytest.skip(f"{DEFAULT_BACKBONE} is not in the cache: run lenvm pull {DEFAULT_BACKBONE}")
     return resolve_backbone(DEFAULT_BACKBONE, progress=False)
 
