@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,30 +59,31 @@ class ValueGuide:
         weights = np.zeros(candidates.logprobs.shape)
         if not guided:
             return weights
-        wanted = candidates.kept & ~candidates.is_eos
-        calls = []
-        for at in guided:
-            track = self._tracks[rows[at]]
-            calls.append(ScoreRow(track.state, track.pending, candidates.ids[at][wanted[at]].tolist()))
-        answers = self.scorer.score(calls)
-        logits = np.zeros((len(guided), candidates.ids.shape[1]))
+        tracks = [self._tracks[rows[at]] for at in guided]
+        wanted = (candidates.kept & ~candidates.is_eos)[guided]  # [G, K]
+        ids: list[int] = candidates.ids[guided][wanted].tolist()  # row after row; arrays a row would cost more than
+        ends = np.cumsum(wanted.sum(axis=-1)).tolist()  # the guidance itself when hundreds of rows run
+        answers = self.scorer.score(
+            [
+                ScoreRow(track.state, track.pending, ids[start:end])
+                for track, start, end in zip(tracks, [0, *ends], ends, strict=False)
+            ]
+        )
+        logits = np.zeros(wanted.shape)
+        logits[wanted] = np.concatenate([answer.candidate_logits for answer in answers])
         bins = self.scorer.bins
-        bin_logprobs = None if bins is None else np.zeros((*logits.shape, bins.size))
-        objectives: list[Objective | None] = []
-        for index, (at, answer) in enumerate(zip(guided, answers, strict=True)):
-            track = self._tracks[rows[at]]
+        bin_logprobs = None
+        if bins is not None:
+            bin_logprobs = np.zeros((*wanted.shape, bins.size))
+            bin_logprobs[wanted] = np.concatenate([_needed(answer.candidate_bin_logprobs) for answer in answers])
+        for track, answer in zip(tracks, answers, strict=True):
             if track.objective is not None and track.objective.kind == "scale" and bins is not None:
-                assert answer.bin_logprobs is not None
-                track.objective = resolve_scale(track.objective, answer.bin_logprobs[-1], bins)
-            objectives.append(track.objective)
-            logits[index, wanted[at]] = answer.candidate_logits
-            if bin_logprobs is not None and answer.candidate_bin_logprobs is not None:
-                bin_logprobs[index, wanted[at]] = answer.candidate_bin_logprobs
+                track.objective = resolve_scale(track.objective, _needed(answer.bin_logprobs)[-1], bins)
             if track.state is not None:
                 track.state.close()
             track.state, track.pending = answer.state, []
         weights[guided] = log_weights(
-            objectives,
+            [track.objective for track in tracks],
             logits,
             bin_logprobs,
             candidates.is_eos[guided],
@@ -106,21 +108,57 @@ class ValueGuide:
                 track.state.close()
 
 
+def _needed(array: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    assert array is not None  # a scorer with bins gives their log-probabilities
+    return array
+
+
 class EosGateGuide:
-    """Length control without a value model, the rival to beat: no EOS before ``(1 - slack) N``, the first EOS of
-    probability ``threshold`` or more after it, and a hard stop at ``(1 + slack) N``.
+    """Length control without a value model, the rival to beat. Three thresholds on the content tokens so far:
+
+    - *hold*: no EOS before ``(1 - slack) N``; at_most never holds.
+    - *seek*: from ``(1 - slack) N`` on, the first EOS of probability ``threshold`` or more is taken.
+    - *stop*: at ``stop * N`` the answer ends, whatever EOS costs there.
 
     Args:
-        targets: content tokens wanted, one for each request of the call.
-        slack, threshold: one number for all requests, or one for each.
+        targets: content tokens wanted (N), one for each request of the call.
+        kinds: "equal_to", "at_most" or "at_least".
+        slack: 0 to 1 (then nothing is held).
+        threshold: a probability at the sampler's temperature; infinite never seeks.
+        stop: in targets; infinite never stops. None: ``1 + slack`` for equal_to, 1 for at_most, never for at_least.
+
+    Every argument but the first is one for all requests, or one for each. Raises InvalidRequestError for an unknown
+    kind, a number out of range and a stop before the hold ends.
     """
 
     def __init__(
-        self, targets: Sequence[int], *, slack: float | Sequence[float] = 0.1, threshold: float | Sequence[float] = 0.02
+        self,
+        targets: Sequence[int],
+        *,
+        kinds: str | Sequence[str] = "equal_to",
+        slack: float | Sequence[float] = 0.1,
+        threshold: float | Sequence[float] = 0.02,
+        stop: float | Sequence[float] | None = None,
     ) -> None:
-        self.targets = np.asarray(targets, dtype=np.float64)
-        self.slack = np.broadcast_to(np.asarray(slack, dtype=np.float64), self.targets.shape)
-        self.threshold = np.broadcast_to(np.asarray(threshold, dtype=np.float64), self.targets.shape)
+        target = np.asarray(targets, dtype=np.float64)
+
+        def each(value: Any, dtype: Any = np.float64) -> NDArray[Any]:
+            return np.broadcast_to(np.asarray(value, dtype=dtype), target.shape)
+
+        kind, slacks, thresholds = each(kinds, np.str_), each(slack), each(threshold)
+        unknown = set(kind.tolist()) - {"equal_to", "at_most", "at_least"}
+        if unknown:
+            raise InvalidRequestError(f"the gate knows no kind {min(unknown)!r}", param="kind")
+        for name, good in (("slack", (slacks >= 0) & (slacks <= 1)), ("threshold", thresholds > 0)):
+            if not good.all():
+                raise InvalidRequestError(f"the gate's {name} is out of range", param=name)
+        usual = np.where(kind == "equal_to", 1 + slacks, np.where(kind == "at_most", 1.0, np.inf))
+        self.seek_from = (1 - slacks) * target
+        self.hold_until = np.where(kind == "at_most", 0.0, self.seek_from)
+        self.stop_at = target * (usual if stop is None else each(stop))
+        self.log_threshold = np.log(thresholds)
+        if not (self.stop_at >= self.hold_until).all():
+            raise InvalidRequestError("the gate would stop while it still holds EOS back: raise stop", param="stop")
 
     def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Nothing to do: the rule has no state."""
@@ -128,11 +166,9 @@ class EosGateGuide:
     def log_weights(self, rows: Sequence[int], candidates: Candidates) -> NDArray[np.float64]:
         """Zeros and floors ``[B, K]``."""
         at = list(rows)
-        target, slack = self.targets[at], self.slack[at]
-        likely = (candidates.is_eos & (candidates.logprobs >= np.log(self.threshold[at])[:, None])).any(axis=-1)
-        early = candidates.generated < (1 - slack) * target
-        late = candidates.generated >= (1 + slack) * target
-        stop = late | (~early & likely)
+        likely = (candidates.is_eos & (candidates.logprobs >= self.log_threshold[at][:, None])).any(axis=-1)
+        early = candidates.generated < self.hold_until[at]
+        stop = (candidates.generated >= self.stop_at[at]) | (likely & (candidates.generated >= self.seek_from[at]))
         hold = (candidates.is_eos & early[:, None]) | (~candidates.is_eos & stop[:, None])
         return np.where(hold, LOG_WEIGHT_FLOOR, 0.0)
 

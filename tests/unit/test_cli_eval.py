@@ -29,18 +29,49 @@ def test_prediction(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, caps
 
 
 def test_lifebench(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report, texts = tmp_path / "lifebench.json", tmp_path / "texts.jsonl"
+    report, texts, work = tmp_path / "lifebench.json", tmp_path / "texts.jsonl", tmp_path / "runs" / "work.jsonl"
     command = [
         "eval", "lifebench", "--data", str(tiny_data), "--model", str(tiny_checkpoint), "--tasks", "3",
-        "--targets", "8,16", "--modes", "unguided,posterior,paper_value",
+        "--targets", "8,16", "--work", str(work),
     ]  # fmt: skip
-    assert main([*command, "--report", str(report), "--texts", str(texts)]) == 0
-    assert "posterior minus unguided" in capsys.readouterr().out
+    some = [*command, "--modes", "unguided,posterior,paper_value"]
+    assert main([*some, "--report", str(report), "--texts", str(texts)]) == 0
+    shown = capsys.readouterr().out
+    assert "posterior minus unguided" in shown
+    assert all(f"LIFEBench, {kind}" in shown for kind in ("Equal To", "At Most", "At Least"))
     metrics = json.loads(report.read_text())["metrics"]
-    assert set(metrics["comparisons"]) == {"posterior_minus_unguided", "posterior_minus_paper_value"}
-    assert len(texts.read_text().splitlines()) == 3 * 2 * 3
+    assert set(metrics["comparisons"]["at_most"]) == {"posterior_minus_unguided", "posterior_minus_paper_value"}
+    answers = [json.loads(line) for line in texts.read_text().splitlines()]
+    assert len(answers) == 3 * 3 * 2 * 3
+    assert {answer["kind"] for answer in answers} == {"equal_to", "at_most", "at_least"}
+    before = work.read_text()
+    assert main([*some, "--kinds", "at_most", "--json"]) == 0  # the answers are there already
+    again = json.loads(capsys.readouterr().out)
+    assert set(again["posterior"]) == {"at_most"}
+    assert again["posterior"]["at_most"]["ls"] == pytest.approx(metrics["posterior"]["at_most"]["ls"], rel=1e-5)
+    assert work.read_text() == before
     assert main([*command, "--modes", "unguided,magic"]) == 1
     assert "unknown mode magic" in capsys.readouterr().err
+    assert main([*command, "--kinds", "exactly"]) == 1
+    assert "unknown kind exactly" in capsys.readouterr().err
+
+
+def test_lifebench_says_which_gate_and_whether_it_is_beaten(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "eval", "lifebench", "--data", str(tiny_data), "--model", str(tiny_checkpoint), "--tasks", "2",
+        "--tuning-tasks", "1", "--targets", "8", "--kinds", "at_least,at_most",
+    ]  # fmt: skip
+    report = tmp_path / "lifebench.json"
+    assert main([*command, "--report", str(report)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("(tuned on other tasks)") == 4
+    assert shown.count("At the text cost of posterior: its length score") == 2
+    assert shown.count("paper length: the same rule as paper value") == 2
+    written = json.loads(report.read_text())["metrics"]
+    assert set(written["tuning"]["gates"]) == {"at_least", "at_most"}
+    assert written["eos_gate_matched"]["at_most"]["rule"].keys() == {"slack", "threshold", "stop"}
 
 
 @pytest.mark.parametrize("name", ["prediction", "lifebench"])

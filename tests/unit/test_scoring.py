@@ -155,3 +155,66 @@ def test_bad_rows(scorer: TorchScorer, tiny_model: Any) -> None:
     state.close()
     with pytest.raises(StateClosedError):
         scorer.score([ScoreRow(state, [3])])
+
+
+def test_check_says_what_score_would(scorer: TorchScorer) -> None:
+    scorer.check(ScoreRow(append=[3], candidates=[4]))
+    with pytest.raises(InvalidRequestError):
+        scorer.check(ScoreRow(append=[128]))
+    assert scorer.stats.forwards == 0
+
+
+def test_a_long_lived_handle_does_not_keep_its_call_alive(scorer: TorchScorer, full_forward: Any) -> None:
+    prefixes = [ids(9 + n) for n in range(8)]
+    answers = scorer.score([ScoreRow(append=prefix, candidates=[20, 21, 22]) for prefix in prefixes])
+    survivors: list[Any] = [answers[2].state, answers[5].state]
+    capture = survivors[0].scored.capture
+    assert capture is survivors[1].scored.capture
+    assert capture.keys.shape[1] == 24
+    for answer in answers:
+        if answer.state not in survivors:
+            answer.state.close()
+    del answers, answer
+    gc.collect()
+    scorer.open([ids(3)])  # the next call tidies up
+    assert capture.keys.shape[1] == capture.values.shape[1] == 6
+    promoted = scorer.score([ScoreRow(state, [21], [30]) for state in survivors])
+    assert scorer.stats.promoted == 2
+    for prefix, answer in zip((prefixes[2], prefixes[5]), promoted, strict=True):
+        close(answer.logits[-1], full_forward([*prefix, 21])[0][-1])
+        close(answer.candidate_logits[0], full_forward([*prefix, 21, 30])[0][-1])
+    survivors[0].close()
+    assert survivors[0].scored is None
+
+
+def test_promotions_of_several_calls_meet_in_one(scorer: TorchScorer, full_forward: Any) -> None:
+    prefixes = [ids(n) for n in (5, 8, 15)]
+    # Each was scored in a call of its own, and is gone on with twice, so that blocks are copied as well.
+    states: list[Any] = [scorer.score([ScoreRow(append=p, candidates=[20, 21])])[0].state for p in prefixes]
+    rows = [ScoreRow(state, [token], [40]) for state in states for token in (20, 21, 60)]
+    forwards = scorer.stats.forwards
+    texts = [[*prefix, token, 40] for prefix in prefixes for token in (20, 21, 60)]
+    for text, answer in zip(texts, scorer.score(rows), strict=True):
+        close(answer.candidate_logits[0], full_forward(text)[0][-1])
+    assert scorer.stats.forwards == forwards + 1
+    assert scorer.stats.promoted == 6
+
+
+def test_prompts_and_decoding_steps_part_where_the_kernel_would_be_lost(
+    scorer: TorchScorer, full_forward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lenvm.scoring.torch_scorer._STEP_ROWS", 2)
+    prefixes = [ids(n) for n in (5, 8)]
+    states = scorer.open(prefixes)
+    joining = ids(6)
+    rows = [ScoreRow(states[0], (), [9]), ScoreRow(None, joining, [9]), ScoreRow(states[1], (), [9])]
+    forwards = scorer.stats.forwards
+    scorer.score(rows)
+    assert scorer.stats.forwards == forwards + 1
+    works: list[Any] = []
+    scorer._begin(rows, works)
+    monkeypatch.setattr(type(scorer.pool), "has_step_kernel", True)
+    assert list(scorer._chunks(works)) == [[1], [0, 2]]
+    monkeypatch.undo()
+    for work in works:
+        scorer.pool.release(work.blocks)

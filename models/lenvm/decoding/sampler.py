@@ -138,9 +138,11 @@ class Sampler:
             return
         waiting = deque(enumerate(requests))
         active: list[_Slot] = []
+        # A prefill costs about a step however few rows it serves: in a large batch they join some at a time.
+        room = self.max_rows - max(1, self.max_rows // 32)
         try:
             while waiting or active:
-                started = self.admit(waiting, len(active), params)
+                started = self.admit(waiting, len(active), params) if len(active) <= room else []
                 active += started
                 if guide is not None and started:
                     guide.start([slot.index for slot in started], [slot.request.prompt_ids for slot in started])
@@ -149,7 +151,8 @@ class Sampler:
                     guide.finish([slot.index for slot in ended])
                 for slot in ended:
                     self.pool.release(slot.blocks)
-                active = [slot for slot in active if slot not in ended]
+                over = {slot.index for slot in ended}
+                active = [slot for slot in active if slot.index not in over]
                 yield from ((slot.index, slot.result) for slot in ended)
         finally:
             # Reached early when the caller stops iterating or a guide raises: nothing may leak.

@@ -2,60 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from lenvm.backbones import encode_chat
-from lenvm.decoding import Generation, Guide, Request, SamplingParams
+from lenvm.decoding import Guide, Request, SamplingParams
 from lenvm.errors import InvalidRequestError
 from lenvm.evaluation.lifebench import (
+    KINDS,
     Kind,
     Row,
     Task,
-    aggregate,
     aggregate_modes,
     build_prompt,
     compare_modes,
+    length_score,
     load_tasks,
 )
+from lenvm.evaluation.lifebench_gates import (
+    FREE,
+    GRIDS,
+    GateRule,
+    RuleScore,
+    best_rule,
+    gate_guide,
+    matched_rule,
+)
+from lenvm.evaluation.lifebench_work import Job, Policy, WorkFile
 from lenvm.guidance import Objective
-from lenvm.guides import EosGateGuide, ValueGuide
+from lenvm.guides import ValueGuide
 from lenvm.rollouts.sampling import LocalGenerator, stream_seed
 from lenvm.scoring import Scorer
 
-__all__ = ["MODES", "LifebenchSettings", "run_lifebench"]
+__all__ = ["MODES", "LifebenchSettings", "pool_tokens", "run_lifebench"]
 
-MODES = ("unguided", "eos_gate", "paper_value", "paper_length", "posterior")
-KIND: Kind = "equal_to"
-# The gate's rules to choose from: (slack, threshold). It stops at (1 + slack) N at the latest.
-_GATES = [(slack, threshold) for slack in (0.05, 0.1, 0.2) for threshold in (0.003, 0.02, 0.1)]
+MODES = ("unguided", "eos_gate", "eos_gate_matched", "paper_value", "paper_length", "posterior")
+_VALUE_MODES = ("paper_value", "paper_length", "posterior")
+_GATE_MODES = ("eos_gate", "eos_gate_matched")
+_BUDGET_SAMPLES = 4  # answers of posterior for each tuning pair: its text cost is the matched gate's budget
 
-Progress = Callable[[str, int, int], None]
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class LifebenchSettings:
-    """What is generated: ``tasks`` x ``targets`` x ``samples`` answers a mode, all with the same ``params``."""
+    """What is generated: ``tasks`` x ``targets`` x ``samples`` answers a mode and kind, all with the same ``params``.
+
+    ``grids`` are the gates to choose from, tried on ``tuning_tasks`` tasks that are not in the test."""
 
     targets: Sequence[int] = (64, 128, 256)
-    tasks: int = 50
-    tuning_tasks: int = 6
+    tasks: int = 100
+    tuning_tasks: int = 16
     samples: int = 1
     modes: Sequence[str] = MODES
+    kinds: Sequence[Kind] = KINDS
     tolerance: float = 0.05
     seed: int = 0
-    cut: int = 4  # answers are cut at this many times the target, where the score is 0.2 of 100 anyway
+    cut: int = 4  # answers are cut at this many times the target, where Equal To's score is 0.2 of 100 anyway
     # One sampler for all modes.
     params: SamplingParams = field(default_factory=lambda: SamplingParams(0.7, top_k=16))
+    grids: Mapping[Kind, Sequence[GateRule]] = field(default_factory=lambda: GRIDS)
 
     def __post_init__(self) -> None:
-        unknown = set(self.modes) - set(MODES)
-        if unknown:
-            raise InvalidRequestError(
-                f"unknown mode {', '.join(sorted(unknown))}: use {', '.join(MODES)}", param="modes"
-            )
+        for name, known in (("mode", MODES), ("kind", KINDS)):
+            given = getattr(self, f"{name}s")
+            unknown = set(given) - set(known)
+            if unknown or not given:
+                shown = ", ".join(sorted(unknown)) or "(none)"
+                raise InvalidRequestError(f"unknown {name} {shown}: use {', '.join(known)}", param=f"{name}s")
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """Figures on the tuning tasks by kind: every gate of the grid and, where a budget was wanted, posterior's."""
+
+    tasks: int
+    gates: dict[Kind, list[RuleScore]]
+    posterior: dict[Kind, tuple[float, float]]
+
+    def rule(self, mode: str, kind: Kind) -> RuleScore:
+        if mode == "eos_gate":
+            return best_rule(self.gates[kind])
+        return matched_rule(self.gates[kind], self.posterior[kind][1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """``gates``: the whole table, from which the front of length score against text cost can be read."""
+        return {
+            "tasks": self.tasks,
+            "gates": {kind: [score.to_dict() for score in table] for kind, table in self.gates.items()},
+            "posterior": {kind: {"ls": ls, "kl_per_sequence": kl} for kind, (ls, kl) in self.posterior.items()},
+        }
 
 
 def run_lifebench(
@@ -64,91 +104,174 @@ def run_lifebench(
     data: Path,
     settings: LifebenchSettings,
     *,
+    work: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Metrics (modes, comparisons with paired bootstrap intervals, the gate that was chosen) and every answer."""
+    """Metrics and every answer of the test.
+
+    ``metrics`` is ``mode -> kind -> aggregate`` (gates with their ``rule``), ``comparisons`` by kind (paired bootstrap)
+    and ``tuning``. Answers in ``work`` are used again where its settings match; ``identity`` names what else an answer
+    depends on (checkpoint, precision, device). Rows in flight share a batch whatever their mode, kind and target.
+    """
     everything = load_tasks(data, n=None, seed=settings.seed)
-    tasks, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
-    if "eos_gate" in settings.modes and not tuning:
-        raise InvalidRequestError(f"all {len(everything)} tasks are in the test: the gate needs some to be tuned on")
-    gate = _tune_gate(generator, tuning, settings) if "eos_gate" in settings.modes else None
-    rows: list[Row] = []
-    for mode in settings.modes:
-        plan = [(task, n, sample) for task in tasks for n in settings.targets for sample in range(settings.samples)]
-        guide = _guide(mode, [n for _, n, _ in plan], scorer, settings, gate)
-        done = [0]
-
-        def on_done(_: int, __: Generation, mode: str = mode, done: list[int] = done, total: int = len(plan)) -> None:
-            done[0] += 1
-            if progress:
-                progress(mode, done[0], total)
-
-        answers = _generate(generator, plan, settings, guide, on_done)
-        rows += [_row(task, n, mode, answer) for (task, n, _), answer in zip(plan, answers, strict=True)]
+    tests, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
+    gates = [mode for mode in _GATE_MODES if mode in settings.modes]
+    if gates and not tuning:
+        raise InvalidRequestError(f"all {len(everything)} tasks are in the test: the gates need some to be tuned on")
+    with WorkFile(work, _depends_on(generator, settings, identity or {})) as store:
+        runner = _Runner(generator, scorer, settings, store, progress)
+        # What waits for nothing runs first and together; only the chosen gates' answers wait for the tuning.
+        first = [
+            job for mode in settings.modes if mode not in _GATE_MODES for job in _jobs(mode, None, tests, settings)
+        ]
+        wants_budget = "eos_gate_matched" in gates
+        runner.run(first + (_tuning_jobs(tuning, settings, budget=wants_budget) if gates else []))
+        tuned = _tuned(store, tuning, settings, budget=wants_budget) if gates else None
+        jobs = {mode: _jobs(mode, tuned, tests, settings) for mode in settings.modes}
+        runner.run([job for mode in gates for job in jobs[mode]])
+        rows = [_row(mode, job, store) for mode in settings.modes for job in jobs[mode]]
     metrics: dict[str, Any] = aggregate_modes(rows)
-    metrics["comparisons"] = _compare(rows, settings)
-    if gate is not None:
-        metrics["eos_gate"]["tuned"] = {"slack": gate[0], "threshold": gate[1], "tasks": len(tuning)}
+    for mode in settings.modes:
+        for kind in settings.kinds:
+            if tuned is not None and mode in gates:
+                metrics[mode][kind]["rule"] = tuned.rule(mode, kind).rule.to_dict()
+            if _policy(mode, kind) != mode and mode in _VALUE_MODES:
+                metrics[mode][kind]["same_as"] = _policy(mode, kind)
+    metrics["comparisons"] = {kind: _compare(rows, kind, settings) for kind in settings.kinds}
+    if tuned is not None:
+        metrics["tuning"] = tuned.to_dict()
     return metrics, rows
 
 
-def _generate(
-    generator: LocalGenerator,
-    plan: Sequence[tuple[Task, int, int]],
-    settings: LifebenchSettings,
-    guide: Guide | None,
-    on_done: Callable[[int, Generation], None] | None = None,
-) -> list[Generation]:
-    requests = [
-        Request(
-            encode_chat(generator.tokenizer, build_prompt(task, KIND, target)),
-            stream_seed(f"{task.id}/{target}", sample, settings.seed),
-            settings.cut * target,
-        )
-        for task, target, sample in plan
-    ]
-    return generator.sampler.generate(requests, settings.params, guide=guide, on_done=on_done)
+def pool_tokens(generator: LocalGenerator, data: Path, settings: LifebenchSettings) -> int:
+    """Tokens of prefix states that a full batch of this run may hold at most: what the scorer's pool must offer."""
+    tasks = load_tasks(data, n=None, seed=settings.seed)[: settings.tasks + settings.tuning_tasks]
+    target = max(settings.targets)
+    prompt = max(len(encode_chat(generator.tokenizer, build_prompt(task, "equal_to", target))) for task in tasks)
+    room = settings.cut * target + 128  # a wording that is a little longer, and the block that a child begins
+    return generator.sampler.max_rows * (min(prompt + room, generator.sampler.context) + 64)
 
 
-def _guide(
-    mode: str, targets: Sequence[int], scorer: Scorer, settings: LifebenchSettings, gate: tuple[float, float] | None
-) -> Guide | None:
-    if mode == "unguided":
-        return None
-    if mode == "eos_gate" and gate is not None:
-        return EosGateGuide(targets, slack=gate[0], threshold=gate[1])
-    objectives = [
-        Objective(kind=KIND, target=n, tolerance=settings.tolerance)
-        if mode == "posterior"
-        else Objective(kind=KIND, target=n, method="paper", space="length" if mode == "paper_length" else "value")
-        for n in targets
-    ]
-    return ValueGuide(scorer, objectives)
+def _policy(mode: str, kind: Kind) -> str:
+    """What is sampled for a mode: the paper's space matters to Equal To alone, so nothing is sampled twice."""
+    return "paper_value" if mode == "paper_length" and kind != "equal_to" else mode
 
 
-def _tune_gate(generator: LocalGenerator, tasks: Sequence[Task], settings: LifebenchSettings) -> tuple[float, float]:
-    """The rule with the best length score on tasks outside the test; all rules share one batch."""
-    plan = [(task, n, 0) for task in tasks for n in settings.targets]
-    rules = [rule for rule in _GATES for _ in plan]
-    guide = EosGateGuide(
-        [n for _ in _GATES for _, n, _ in plan], slack=[s for s, _ in rules], threshold=[t for _, t in rules]
-    )
-    answers = _generate(generator, plan * len(_GATES), settings, guide)
-    scores = {}
-    for at, rule in enumerate(_GATES):
-        group = answers[at * len(plan) : (at + 1) * len(plan)]
-        rows = [_row(task, n, "eos_gate", answer) for (task, n, _), answer in zip(plan, group, strict=True)]
-        scores[rule] = aggregate(rows)["ls"]
-    return max(scores, key=lambda rule: scores[rule])
+def _jobs(mode: str, tuned: _Tuning | None, tasks: Sequence[Task], settings: LifebenchSettings) -> list[Job]:
+    found = []
+    for kind in settings.kinds:
+        policy: Policy = _policy(mode, kind)
+        if mode in _GATE_MODES:
+            assert tuned is not None
+            policy = tuned.rule(mode, kind).rule
+        found += [
+            Job(policy, task, kind, target, sample)
+            for task in tasks
+            for target in settings.targets
+            for sample in range(settings.samples)
+        ]
+    return found
 
 
-def _row(task: Task, target: int, mode: str, answer: Generation) -> Row:
+def _tuning_jobs(tasks: Sequence[Task], settings: LifebenchSettings, *, budget: bool) -> list[Job]:
+    found = []
+    for kind in settings.kinds:
+        policies: list[tuple[Policy, int]] = [(rule, 1) for rule in settings.grids[kind]]
+        policies += [("posterior", _BUDGET_SAMPLES)] if budget else []
+        found += [
+            Job(policy, task, kind, target, sample, tuning=True)
+            for policy, samples in policies
+            for task in tasks
+            for target in settings.targets
+            for sample in range(samples)
+        ]
+    return found
+
+
+def _tuned(store: WorkFile, tasks: Sequence[Task], settings: LifebenchSettings, *, budget: bool) -> _Tuning:
+    """Mean length score and text cost of each policy that was tried (pairs are as many for every target)."""
+    scores: dict[tuple[Kind, Policy], list[tuple[float, float]]] = {}
+    for job in _tuning_jobs(tasks, settings, budget=budget):
+        answer = store[job]
+        score = length_score(answer.length, job.target, job.kind), answer.text_cost
+        scores.setdefault((job.kind, job.policy), []).append(score)
+    gates: dict[Kind, list[RuleScore]] = {kind: [] for kind in settings.kinds}
+    posterior: dict[Kind, tuple[float, float]] = {}
+    for (kind, policy), found in scores.items():
+        ls, cost = (float(mean) for mean in np.mean(found, axis=0))
+        if isinstance(policy, GateRule):
+            gates[kind].append(RuleScore(policy, ls, cost))
+        else:
+            posterior[kind] = ls, cost
+    return _Tuning(len(tasks), gates, posterior)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Makes the answers that the work file does not hold yet."""
+
+    generator: LocalGenerator
+    scorer: Scorer
+    settings: LifebenchSettings
+    store: WorkFile
+    progress: Progress | None
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Two batches: jobs that the value model guides, and the others."""
+        for stage, guided in (("guided by value", True), ("unguided and gates", False)):
+            family = [job for job in jobs if (job.policy in _VALUE_MODES) == guided]
+            missing = list({job.key: job for job in family if job not in self.store}.values())
+            # The longest first: a batch must not end with a few rows that have everything before them.
+            missing.sort(key=lambda job: (job.kind != "at_least", -job.target))
+            if missing:
+                self._sample(stage, missing, len(family) - len(missing))
+
+    def _sample(self, stage: str, jobs: Sequence[Job], done: int) -> None:
+        requests = [
+            Request(
+                encode_chat(self.generator.tokenizer, build_prompt(job.task, job.kind, job.target)),
+                stream_seed(f"{job.task.id}/{job.target}", job.sample, self.settings.seed),
+                self.settings.cut * job.target,
+            )
+            for job in jobs
+        ]
+        total = len(jobs) + done
+        for index, generation in self.generator.sampler.stream(requests, self.settings.params, guide=self._guide(jobs)):
+            self.store.add(jobs[index], generation)
+            done += 1
+            if self.progress:
+                self.progress(stage, done, total)
+
+    def _guide(self, jobs: Sequence[Job]) -> Guide:
+        if jobs[0].policy in _VALUE_MODES:
+            return ValueGuide(self.scorer, [_objective(job, self.settings.tolerance) for job in jobs])
+        # Unguided is the gate that does nothing, so that it shares the batch.
+        rules = [job.policy if isinstance(job.policy, GateRule) else FREE for job in jobs]
+        return gate_guide([job.target for job in jobs], [job.kind for job in jobs], rules)
+
+
+def _objective(job: Job, tolerance: float) -> Objective:
+    if job.policy == "posterior":
+        return Objective(kind=job.kind, target=job.target, tolerance=tolerance)
+    by_length = job.policy == "paper_length"
+    return Objective(kind=job.kind, target=job.target, method="paper", space="length" if by_length else "value")
+
+
+def _depends_on(generator: LocalGenerator, settings: LifebenchSettings, identity: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {name: getattr(settings, name) for name in ("tolerance", "seed", "cut")}
+    params = asdict(settings.params)
+    return {**identity, **shared, "sampler": params, "generator": generator.describe(settings.params)["sha256"]}
+
+
+def _row(mode: str, job: Job, store: WorkFile) -> Row:
+    answer = store[job]
     return Row(
-        task.id,
-        KIND,
-        target,
+        job.task.id,
+        job.kind,
+        job.target,
         mode,
-        answer.token_ids,
+        answer.token_ids or [],
         answer.finished,
         answer.forced_stop,
         answer.text_cost,
@@ -156,7 +279,7 @@ def _row(task: Task, target: int, mode: str, answer: Generation) -> Row:
     )
 
 
-def _compare(rows: Sequence[Row], settings: LifebenchSettings) -> dict[str, Any]:
+def _compare(rows: Sequence[Row], kind: Kind, settings: LifebenchSettings) -> dict[str, Any]:
     """``posterior`` against every other mode: difference and 95 % interval, resampled by task."""
     found: dict[str, Any] = {}
     if "posterior" not in settings.modes:
@@ -164,7 +287,7 @@ def _compare(rows: Sequence[Row], settings: LifebenchSettings) -> dict[str, Any]
     for other in settings.modes:
         if other != "posterior":
             found[f"posterior_minus_{other}"] = {
-                measure: list(compare_modes(rows, KIND, "posterior", other, measure))
+                measure: list(compare_modes(rows, kind, "posterior", other, measure))
                 for measure in ("ls", "kl_per_sequence")
             }
     return found

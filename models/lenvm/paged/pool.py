@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from lenvm.errors import PoolExhaustedError
@@ -61,8 +60,9 @@ class BlockPool:
         self.keys = [self._new(self.num_blocks) for _ in range(shape.layers)]
         self.values = [self._new(self.num_blocks) for _ in range(shape.layers)]
         self._free = list(range(self.num_blocks - 1, 0, -1))
-        self._references = np.zeros(self.num_blocks, dtype=np.int64)
-        self._filled = np.zeros(self.num_blocks, dtype=np.int64)
+        # Lists, not arrays: they are read and written one block at a time, for every row of every step.
+        self._references = [0] * self.num_blocks
+        self._filled = [0] * self.num_blocks
 
     def _new(self, blocks: int) -> torch.Tensor:
         # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN of stale memory is NaN.
@@ -82,7 +82,7 @@ class BlockPool:
     @property
     def used_blocks(self) -> int:
         """Blocks that at least one state holds."""
-        return int((self._references > 0).sum())
+        return sum(count > 0 for count in self._references)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens fill, the last perhaps in part."""
@@ -102,8 +102,9 @@ class BlockPool:
         while count > len(self._free):
             self._grow()
         blocks = [self._free.pop() for _ in range(count)]
-        self._references[blocks] = 1
-        self._filled[blocks] = 0
+        for block in blocks:
+            self._references[block] = 1
+            self._filled[block] = 0
         return blocks
 
     def _grow(self) -> None:
@@ -113,8 +114,8 @@ class BlockPool:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = torch.cat([tensor, self._new(extra)])
         self._free = list(range(grown - 1, self.num_blocks - 1, -1)) + self._free
-        self._references = np.concatenate([self._references, np.zeros(extra, dtype=np.int64)])
-        self._filled = np.concatenate([self._filled, np.zeros(extra, dtype=np.int64)])
+        self._references += [0] * extra
+        self._filled += [0] * extra
         self.num_blocks = grown
 
     def retain(self, blocks: Iterable[int]) -> None:
@@ -129,8 +130,13 @@ class BlockPool:
             if self._references[block] == 0:
                 self._free.append(block)
 
-    def fork(self, blocks: Sequence[int], length: int, count: int) -> list[int]:
+    def fork(
+        self, blocks: Sequence[int], length: int, count: int, copies: list[tuple[int, int]] | None = None
+    ) -> list[int]:
         """Blocks of a child: the parent's first ``length`` tokens, shared, and room for ``count`` more.
+
+        A copy-on-write is made at once, or noted in ``copies`` as (source, target) for one :meth:`copy` of many forks,
+        which must come before anything is written.
 
         Raises:
             PoolExhaustedError: the pool is full; no reference has changed.
@@ -138,12 +144,14 @@ class BlockPool:
         shared = list(blocks[: self.blocks_for(length)])
         used = length % self.block_size
         copied = count > 0 and used > 0 and self._filled[shared[-1]] != used
-        fresh = self.allocate(self.blocks_for(length + count) - len(shared) + (1 if copied else 0))
+        missing = self.blocks_for(length + count) - len(shared) + (1 if copied else 0)
+        fresh = self.allocate(missing) if missing else []
         if copied:
-            source, target = shared.pop(), fresh[0]
-            for layer in range(self.shape.layers):
-                self.keys[layer][target] = self.keys[layer][source]
-                self.values[layer][target] = self.values[layer][source]
+            pair = shared.pop(), fresh[0]
+            if copies is None:
+                self.copy([pair])
+            else:
+                copies.append(pair)
         self.retain(shared)
         child = shared + fresh
         # Nothing appended: the parent's last block keeps its fill mark, or a later child would write over a sibling.
@@ -151,12 +159,23 @@ class BlockPool:
             self._filled[child[index]] = min(self.block_size, length + count - index * self.block_size)
         return child
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, ``(source, target)`` each: one operation a layer for all of them."""
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, device=self.device).unbind(-1)
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[target] = tensor[source]
+
     def slot(self, blocks: Sequence[int], position: int) -> tuple[int, int]:
         """Where token ``position`` of a state lives: ``(block, offset in the block)``."""
         return blocks[position // self.block_size], position % self.block_size
 
-    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store one token. ``keys`` and ``values`` are ``[layers, kv_heads, head_dim]``."""
+    def write(self, slots: Sequence[tuple[int, int]], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store ``W`` tokens at ``slots`` (block, offset), one operation a layer. ``keys`` and ``values`` are
+        ``[layers, W, kv_heads, head_dim]``."""
+        block, offset = torch.tensor(slots, device=self.device).unbind(-1)
         for layer in range(self.shape.layers):
             self.keys[layer][block, :, offset] = keys[layer]
             self.values[layer][block, :, offset] = values[layer]

@@ -18,16 +18,46 @@ from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats
 
 __all__ = ["TorchScorer", "TorchState"]
 
+_STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of their own
 
-@dataclass(frozen=True)
+
+class _Capture:
+    """Keys and values of all candidates of one forward, shared by the states that were scored in it.
+
+    One tensor for the call: copies for each row would be most of a step's time on a GPU. So that one long-lived handle
+    does not keep its whole call alive, the scorer compacts a capture that has lost half of its users.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = keys, values  # [layers, candidates of the call, kv_heads, head_dim]
+        self.users: weakref.WeakSet[_Scored] = weakref.WeakSet()
+        self.rows = 0  # users that the tensors were made for
+
+    def compact(self) -> None:
+        """Keep the candidates of the users that are left."""
+        left = list(self.users)
+        if not left:
+            return
+        kept = np.concatenate([user.first + np.arange(len(user.ids)) for user in left])
+        at = torch.from_numpy(kept).to(self.keys.device)
+        self.keys, self.values, self.rows = self.keys[:, at], self.values[:, at], len(left)
+        first = 0
+        for user in left:
+            user.first = first
+            first += len(user.ids)
+            user.logits = user.logits.copy()
+            user.bin_logprobs = None if user.bin_logprobs is None else user.bin_logprobs.copy()
+
+
+@dataclass(eq=False)
 class _Scored:
     """Candidates that a state was last scored with, so that the one that is chosen need not be computed again."""
 
     ids: tuple[int, ...]
     logits: NDArray[np.float64]
     bin_logprobs: NDArray[np.float64] | None
-    keys: torch.Tensor  # [layers, K, kv_heads, head_dim]
-    values: torch.Tensor
+    capture: _Capture
+    first: int  # of its candidates in the capture
 
 
 class TorchState:
@@ -95,7 +125,10 @@ class TorchScorer:
     ) -> None:
         self.model = model
         self.stats = ScorerStats()
+        self._captures: weakref.WeakSet[_Capture] = weakref.WeakSet()  # those with several users
         self.token_budget = token_budget
+        # Kept: reading a Hugging Face config takes microseconds, and every row of every call asks.
+        self._context, self._vocab_size = model.context, int(model.decoder.config.vocab_size)
         shape = PoolShape.of(model.decoder.config)
         if pool_tokens is None:
             pool_tokens = 1 << 18
@@ -122,12 +155,12 @@ class TorchScorer:
     @property
     def context(self) -> int:
         """Longest prefix in tokens."""
-        return self.model.context
+        return self._context
 
     @property
     def vocab_size(self) -> int:
         """Ids are in ``[0, vocab_size)``."""
-        return int(self.model.decoder.config.vocab_size)
+        return self._vocab_size
 
     def open(self, prefixes: Sequence[Sequence[int]]) -> list[TorchState]:
         """States of whole prefixes, scored at their last token."""
@@ -150,12 +183,12 @@ class TorchScorer:
             PoolExhaustedError: the pool of prefix states is full. Nothing is left half done.
         """
         for row in rows:
-            self._check(row)
+            self.check(row)
+        self._compact()
         works: list[_Work] = []
         results: dict[int, RowScore] = {}
         try:
-            for row in rows:
-                works.append(self._begin(row))
+            self._begin(rows, works)
             for chunk in self._chunks(works):
                 results.update(zip(chunk, self._forward([works[i] for i in chunk]), strict=True))
         except BaseException:
@@ -165,7 +198,11 @@ class TorchScorer:
             raise
         return [results[index] for index in range(len(rows))]
 
-    def _check(self, row: ScoreRow) -> None:
+    def check(self, row: ScoreRow) -> None:
+        """Raise what :meth:`score` would raise for this row (a full pool apart), and compute nothing.
+
+        A caller with many rows checks them one by one first, so that one bad row does not fail its neighbours.
+        """
         state = row.state
         if state is None and not len(row.append):
             raise InvalidRequestError("the prompt is empty: give at least one token", param="token_ids")
@@ -184,103 +221,125 @@ class TorchScorer:
                 f"the prefix has {total} tokens; the model's context is {self.context}: shorten it", param="token_ids"
             )
 
-    def _begin(self, row: ScoreRow) -> _Work:
-        """Blocks for the new state; the first appended token is promoted if the state was scored with it."""
-        tail = list(row.append)
-        if row.state is None:
-            return _Work(row, self.pool.fork([], 0, len(tail)), 0, tail, float("nan"), None)
-        state = row.state
-        assert isinstance(state, TorchState)
-        blocks = self.pool.fork(state.blocks, state.length, len(tail))
-        work = _Work(row, blocks, state.length, tail, state.logit, state.bin_logprobs)
-        scored = state.scored
-        if tail and row.values_from is None and scored is not None and tail[0] in scored.ids:
-            at = scored.ids.index(tail.pop(0))
-            block, offset = self.pool.slot(blocks, state.length)
-            self.pool.write(block, offset, scored.keys[:, at], scored.values[:, at])
-            work.length += 1
-            work.logit = float(scored.logits[at])
-            work.bin_logprobs = None if scored.bin_logprobs is None else scored.bin_logprobs[at]
-            self.stats.promoted += 1
-        return work
+    def _compact(self) -> None:
+        # Here and not when a state goes: in a decoding loop all users of the last call go, and nothing is copied.
+        for capture in list(self._captures):
+            if 2 * len(capture.users) <= capture.rows:
+                capture.compact()
+
+    def _begin(self, rows: Sequence[ScoreRow], works: list[_Work]) -> None:
+        """Blocks for the new states, noted in ``works`` as they are taken; a first appended token that the state was
+        scored with is promoted. Device work is done once a call, not once a row."""
+        copies: list[tuple[int, int]] = []
+        promoted: dict[_Capture, list[tuple[int, tuple[int, int]]]] = {}
+        for row in rows:
+            tail = list(row.append)
+            state = row.state
+            if state is None:
+                works.append(_Work(row, self.pool.fork([], 0, len(tail)), 0, tail, float("nan"), None))
+                continue
+            assert isinstance(state, TorchState)
+            blocks = self.pool.fork(state.blocks, state.length, len(tail), copies)
+            work = _Work(row, blocks, state.length, tail, state.logit, state.bin_logprobs)
+            works.append(work)
+            scored = state.scored
+            if tail and row.values_from is None and scored is not None and tail[0] in scored.ids:
+                at = scored.ids.index(tail.pop(0))
+                place = self.pool.slot(blocks, state.length)
+                promoted.setdefault(scored.capture, []).append((scored.first + at, place))
+                work.length += 1
+                work.logit = float(scored.logits[at])
+                work.bin_logprobs = None if scored.bin_logprobs is None else scored.bin_logprobs[at]
+        self.pool.copy(copies)
+        self._promote(promoted)
+
+    def _promote(self, promoted: dict[_Capture, list[tuple[int, tuple[int, int]]]]) -> None:
+        """Copy chosen candidates' keys and values into the pool: for each capture (index, (block, offset)) pairs."""
+        if not promoted:
+            return
+        keys, values, slots = [], [], []
+        for capture, pairs in promoted.items():
+            at = torch.tensor([index for index, _ in pairs], device=capture.keys.device)
+            keys.append(capture.keys[:, at])
+            values.append(capture.values[:, at])
+            slots += [place for _, place in pairs]
+        self.pool.write(slots, torch.cat(keys, dim=1), torch.cat(values, dim=1))
+        self.stats.promoted += len(slots)
 
     def _chunks(self, works: Sequence[_Work]) -> Iterator[list[int]]:
         """Split a call so that each forward takes at most the token budget (or one row)."""
-        chunk: list[int] = []
-        tokens = 0
-        for index, work in enumerate(works):
-            if chunk and tokens + work.new_tokens > self.token_budget:
+        tails = [index for index, work in enumerate(works) if work.tail]
+        steps = [index for index, work in enumerate(works) if not work.tail]
+        # Among prompts a decoding step cannot use its kernel; with many rows that costs more than a second forward.
+        apart = self.pool.has_step_kernel and len(steps) >= _STEP_ROWS and len(tails) > 0
+        for group in (tails, steps) if apart else (range(len(works)),):
+            chunk: list[int] = []
+            tokens = 0
+            for index in group:
+                if chunk and tokens + works[index].new_tokens > self.token_budget:
+                    yield chunk
+                    chunk, tokens = [], 0
+                chunk.append(index)
+                tokens += works[index].new_tokens
+            if chunk:
                 yield chunk
-                chunk, tokens = [], 0
-            chunk.append(index)
-            tokens += work.new_tokens
-        if chunk:
-            yield chunk
 
     def _forward(self, works: Sequence[_Work]) -> list[RowScore]:
         active = [work for work in works if work.new_tokens]
         if not active:
             return [self._finish(work, None, None, 0) for work in works]
-        rows = [Row(work.blocks, work.length, work.tail, work.row.candidates) for work in active]
-        plan = build_plan(self.pool, rows)
+        plan = build_plan(self.pool, [Row(work.blocks, work.length, work.tail, work.row.candidates) for work in active])
         hidden = packed_forward(self.model.decoder, plan)
-        wanted = np.concatenate(
-            [
-                start + np.arange(work.first_value if work.tail else 0, work.new_tokens)
-                for work, start in _starts(active)
-            ]
-        )
-        head: HeadOutput = self.model.head(hidden[torch.from_numpy(wanted).to(hidden.device)])
+        # The places whose values are wanted: of a tail those from ``first_value`` on, and every candidate.
+        sizes = np.array([work.new_tokens for work in active])
+        skipped = np.array([work.first_value if work.tail else 0 for work in active])
+        place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        wanted = torch.from_numpy(np.flatnonzero(place >= np.repeat(skipped, sizes)))
+        head: HeadOutput = self.model.head(hidden[wanted.to(hidden.device)])
         # One transfer to the host a call: logits and log-probabilities together.
         packed = (
             head.logits[:, None]
             if head.bin_logprobs is None
             else torch.cat([head.logits[:, None], head.bin_logprobs], 1)
         )
-        numbers = packed.double().cpu().numpy()
-        keys = torch.stack(plan.captured_keys) if plan.captured_keys else None
-        values = torch.stack(plan.captured_values) if plan.captured_values else None
+        numbers = packed.cpu().double().numpy()
+        capture = None
+        if plan.captured_keys:
+            capture = _Capture(torch.stack(plan.captured_keys), torch.stack(plan.captured_values))
         self.stats.forwards += 1
         self.stats.tokens += int(plan.input_ids.numel())
         results, at, candidate_at = [], 0, 0
         for work in works:
-            if not work.new_tokens:
-                results.append(self._finish(work, None, None, 0))
-                continue
-            count = len(work.row.candidates)
-            size = (len(work.tail) - work.first_value if work.tail else 0) + count
-            own = numbers[at : at + size]
+            size = work.new_tokens - (work.first_value if work.tail else 0)
+            results.append(self._finish(work, numbers[at : at + size] if size else None, capture, candidate_at))
             at += size
-            captured = None
-            if count and keys is not None and values is not None:
-                mine = slice(candidate_at, candidate_at + count)
-                # Copies: a handle that lives long must not keep the whole call's keys and values alive.
-                captured = keys[:, mine].clone(), values[:, mine].clone()
-                candidate_at += count
-            results.append(self._finish(work, own, captured, count))
+            candidate_at += len(work.row.candidates)
+        if capture is not None:
+            capture.rows = len(capture.users)
+            if capture.rows > 1:
+                self._captures.add(capture)
         return results
 
     def _finish(
-        self,
-        work: _Work,
-        numbers: NDArray[np.float64] | None,
-        captured: tuple[torch.Tensor, torch.Tensor] | None,
-        count: int,
+        self, work: _Work, numbers: NDArray[np.float64] | None, capture: _Capture | None, first: int
     ) -> RowScore:
-        """Split a row's numbers ``[places + K, 1 + n]`` into those of the prefix and those of the candidates."""
+        """Split a row's numbers ``[places + K, 1 + n]`` into those of the prefix and those of the candidates, which
+        begin at ``first`` in the capture."""
         has_bins = self.bins is not None
-        width = 1 + (self.bins.size if self.bins else 0)
-        numbers = np.empty((0, width)) if numbers is None else numbers
+        count = len(work.row.candidates)
+        if numbers is None:
+            numbers = np.empty((0, 1 + (self.bins.size if self.bins else 0)))
         own, others = numbers[: len(numbers) - count], numbers[len(numbers) - count :]
         if not len(own):
             bins = work.bin_logprobs if work.bin_logprobs is not None else np.empty(0)
             own = np.concatenate([[work.logit], bins])[None]
-        logit, bin_logprobs = float(own[-1, 0]), own[-1, 1:] if has_bins else None
-        length = work.length + len(work.tail)
-        state = TorchState(self.pool, work.blocks, length, logit, bin_logprobs)
+        # A copy: a handle that lives long must not keep all numbers of its call alive.
+        logit, bin_logprobs = float(own[-1, 0]), own[-1, 1:].copy() if has_bins else None
+        state = TorchState(self.pool, work.blocks, work.length + len(work.tail), logit, bin_logprobs)
         candidate_bins = others[:, 1:] if has_bins else None
-        if captured is not None:
-            state.scored = _Scored(tuple(work.row.candidates), others[:, 0], candidate_bins, *captured)
+        if count and capture is not None:
+            state.scored = _Scored(tuple(work.row.candidates), others[:, 0], candidate_bins, capture, first)
+            capture.users.add(state.scored)
         return RowScore(
             state=state,
             logits=own[:, 0],
@@ -289,10 +348,3 @@ class TorchScorer:
             candidate_bin_logprobs=candidate_bins,
             cached_tokens=work.length,
         )
-
-
-def _starts(works: Sequence[_Work]) -> Iterator[tuple[_Work, int]]:
-    start = 0
-    for work in works:
-        yield work, start
-        start += work.new_tokens

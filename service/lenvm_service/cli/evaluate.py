@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -145,12 +146,20 @@ def lifebench(
     targets: Annotated[
         str, typer.Option("--targets", help="Target lengths in tokens, commas between them.")
     ] = "64,128,256",
-    tasks: Annotated[int, typer.Option("--tasks", min=1, help="English tasks.")] = 50,
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="English tasks.")] = 100,
+    tuning_tasks: Annotated[int, typer.Option("--tuning-tasks", min=1, help="Other tasks to tune the gates on.")] = 16,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers of each task and target.")] = 1,
     modes: Annotated[
         str | None, typer.Option("--modes", help="Some of the modes, commas between them. Default: all.")
     ] = None,
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="What is asked for, commas between them.")
+    ] = "equal_to,at_most,at_least",
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Answers in flight at once.")] = 64,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", metavar="FILE", help="Keep answers here as they end; a rerun with it goes on."),
+    ] = None,
     texts: Annotated[
         Path | None, typer.Option("--texts", metavar="FILE", help="Also write every answer as JSON lines, to be read.")
     ] = None,
@@ -159,54 +168,91 @@ def lifebench(
     report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Length scores (Equal To) of every mode under one sampler, each beside what it costs the text."""
+    """Length scores of every mode under one sampler, each beside what it costs the text.
+
+    Modes may be run one after another with the same --work; a last run over all of them samples nothing and reports.
+    """
     need("train")
-    from lenvm.evaluation.run_lifebench import MODES, LifebenchSettings, run_lifebench
+    from lenvm.evaluation.run_lifebench import MODES, LifebenchSettings, pool_tokens, run_lifebench
+    from lenvm.scoring import TorchScorer
 
     _check_writable(report, texts)
     settings = LifebenchSettings(
-        targets=_whole_numbers(targets), tasks=tasks, samples=samples, modes=tuple(modes.split(",")) if modes else MODES
+        targets=_whole_numbers(targets),
+        tasks=tasks,
+        tuning_tasks=tuning_tasks,
+        samples=samples,
+        modes=_names(modes) if modes else MODES,
+        kinds=_names(kinds),  # type: ignore[arg-type]  # checked by the settings
     )
-    loaded, scorer = load_scorer(model, device=device, dtype=dtype.value)
+    loaded, _ = load_scorer(model, device=device, dtype=dtype.value)
     generator, warnings = load_generator(loaded, backbone, device=device, dtype=dtype.value, max_rows=max_rows)
     print_warnings(warnings)
-    with ProgressReporter() as progress:
-        metrics, rows = run_lifebench(generator, scorer, data, settings, progress=progress.update)
+    scorer = TorchScorer(loaded, pool_tokens=pool_tokens(generator, data, settings))
+    identity = {"model": loaded.config.name, "files": loaded.config.files, "dtype": dtype.value, "device": device}
+    # Each step makes thousands of small objects; without this every full collection walks all modules again.
+    gc.collect()
+    gc.freeze()
+    try:
+        with ProgressReporter() as progress:
+            metrics, rows = run_lifebench(
+                generator, scorer, data, settings, work=work, identity=identity, progress=progress.update
+            )
+    finally:
+        gc.unfreeze()
     if as_json:
         print_json(metrics)
     else:
-        _print_lifebench(metrics, settings.modes)
+        for kind in settings.kinds:
+            _print_lifebench(metrics, settings.modes, kind)
     if texts is not None:
         _write_texts(texts, rows, generator.tokenizer)
     _publish(report, metrics, device)
 
 
-def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str]) -> None:
+def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str) -> None:
     console = stdout_console()
     head = [
         "mode",
         "length score",
         "|deviation|",
         "within 5 %",
-        "text cost (nats)",
-        "log p a token",
+        "cost (nats)",
+        "log p/token",
         "rep-4",
         "forced",
         "ended",
     ]
     shown = table(head, text=("mode",))
     for mode in modes:
-        row = metrics[mode]["equal_to"]
+        row = metrics[mode][kind]
         shown.add_row(
             mode, number(row["ls"]), _percent(row["ld"]), _percent(row["within_5pct"]), number(row["kl_per_sequence"]),
             number(row["logprob_per_token"], ".2f"), _percent(row["rep4"]), _percent(row["forced_stop_rate"]),
             _percent(row["finished_rate"]),
         )  # fmt: skip
-    title(console, "LIFEBench, Equal To")
+    title(console, f"LIFEBench, {_words(kind).title()}")
     console.print(shown)
-    for name, found in metrics["comparisons"].items():
+    for mode in modes:
+        row = metrics[mode][kind]
+        if "rule" in row:
+            settings = (f"{name} {'none' if value is None else f'{value:g}'}" for name, value in row["rule"].items())
+            console.print(f"{_words(mode)}: {', '.join(settings)} (tuned on other tasks)")
+        if "same_as" in row:
+            console.print(f"{_words(mode)}: the same rule as {_words(row['same_as'])}, so the same answers")
+    for name, found in metrics["comparisons"][kind].items():
         parts = (f"{key} {diff:+.1f} [{low:+.1f}, {high:+.1f}]" for key, (diff, low, high) in found.items())
-        console.print(f"{name.replace('_', ' ')}: {', '.join(parts)} (95 % intervals, resampled by task)")
+        console.print(f"{_words(name)}: {', '.join(parts)} (95 % intervals, resampled by task)")
+    matched = metrics["comparisons"][kind].get("posterior_minus_eos_gate_matched")
+    if matched is not None:
+        _, low, high = matched["ls"]
+        verdict = "beats" if low > 0 else "is beaten by" if high < 0 else "is not told apart from"
+        console.print(f"At the text cost of posterior: its length score {verdict} that of the gate on EOS")
+    console.print()
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _write_texts(path: Path, rows: Sequence[Any], tokenizer: Any) -> None:
@@ -215,8 +261,9 @@ def _write_texts(path: Path, rows: Sequence[Any], tokenizer: Any) -> None:
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
             text = tokenizer.decode(list(row.token_ids))
-            answer = {"mode": row.mode, "task": row.task_id, "target": row.target, "tokens": len(row.token_ids)}
-            stream.write(json.dumps(answer | {"text_cost": row.text_cost, "text": text}, ensure_ascii=False) + "\n")
+            answer = {"mode": row.mode, "kind": row.kind, "task": row.task_id, "target": row.target}
+            answer |= {"tokens": len(row.token_ids), "text_cost": row.text_cost, "text": text}
+            stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -226,7 +273,11 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         found = ()
     if not found or min(found) < 1:
         raise typer.BadParameter(f"{text!r}: give whole numbers with commas between them, like 64,128")
-    return found
+    return tuple(dict.fromkeys(found))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def _check_writable(*paths: Path | None) -> None:

@@ -1,0 +1,104 @@
+"""The gates on EOS that LIFEBench tunes: rules without a value model, and how two of them are chosen for each kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lenvm.errors import InvalidRequestError
+from lenvm.evaluation.lifebench import Kind
+from lenvm.guides import EosGateGuide
+
+__all__ = ["FREE", "GRIDS", "GateRule", "RuleScore", "best_rule", "gate_guide", "matched_rule"]
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """A rule of :class:`lenvm.guides.EosGateGuide`. ``threshold`` None: no EOS is sought. ``stop`` None: no end."""
+
+    slack: float
+    threshold: float | None
+    stop: float | None
+
+    def __str__(self) -> str:
+        return f"gate slack={self.slack:g} threshold={self.threshold} stop={self.stop}"
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain fields, as a report holds them."""
+        return asdict(self)
+
+
+FREE = GateRule(1.0, None, None)
+"""Leaves every answer as it is: no text cost, so a budget can always be met."""
+
+
+def _grid(kind: Kind) -> list[GateRule]:
+    """From the strictest rules to none at all. For equal_to the stop comes after the target: one *at* the target is
+    truncation, which scores 100 by construction and costs ``-ln P(EOS)`` wherever it happens to fall."""
+    thresholds = (0.003, 0.02, 0.1, 0.3)
+    rules: list[GateRule] = []
+    if kind == "equal_to":
+        stops: tuple[float | None, ...] = (1.05, 1.1, 1.25, 1.5, 2.0, None)
+        rules += [GateRule(d, p, s) for d in (0.05, 0.1, 0.2, 0.3, 0.5) for p in (*thresholds, None) for s in stops]
+        rules += [GateRule(1.0, None, s) for s in stops[:-1]]
+    elif kind == "at_most":
+        stops = (1.0, 1.1, 1.25, None)
+        rules += [GateRule(d, p, s) for d in (0.05, 0.1, 0.2, 0.3, 0.5) for p in thresholds for s in stops]
+        rules += [GateRule(1.0, None, s) for s in stops[:-1]]
+    else:
+        rules += [GateRule(d, p, None) for d in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5) for p in (None, 0.3, 0.1)]
+    return [*rules, FREE]
+
+
+GRIDS: Mapping[Kind, Sequence[GateRule]] = {
+    "equal_to": _grid("equal_to"),
+    "at_most": _grid("at_most"),
+    "at_least": _grid("at_least"),
+}
+"""The rules to choose from, by kind."""
+
+
+@dataclass(frozen=True)
+class RuleScore:
+    """What a rule reached on the tuning tasks: mean length score (0 to 100) and text cost (nats a sequence)."""
+
+    rule: GateRule
+    ls: float
+    kl_per_sequence: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat row of the tuning table."""
+        return {**self.rule.to_dict(), "ls": self.ls, "kl_per_sequence": self.kl_per_sequence}
+
+
+def best_rule(table: Sequence[RuleScore]) -> RuleScore:
+    """The best length score, whatever it costs; of equals the cheapest. Raises InvalidRequestError for no rules."""
+    if not table:
+        raise InvalidRequestError("the grid of gates is empty: give at least one rule", param="grids")
+    return max(table, key=lambda score: (round(score.ls, 9), -score.kl_per_sequence))
+
+
+def matched_rule(table: Sequence[RuleScore], budget: float) -> RuleScore:
+    """The best length score among rules whose text cost is at most ``budget`` (nats a sequence).
+
+    A negative budget is an estimate's noise (no text cost is below zero) and read as 0. Raises InvalidRequestError
+    where no rule is that cheap: a grid should hold ``FREE``.
+    """
+    limit = max(0.0, budget) + 1e-9  # rounding in sums of zeros
+    affordable = [score for score in table if score.kl_per_sequence <= limit]
+    if not affordable:
+        raise InvalidRequestError(f"no gate costs at most {budget:.3g} nats: add a softer rule", param="grids")
+    return best_rule(affordable)
+
+
+def gate_guide(targets: Sequence[int], kinds: Sequence[Kind], rules: Sequence[GateRule]) -> EosGateGuide:
+    """One guide for requests that each have a rule of their own."""
+    return EosGateGuide(
+        targets,
+        kinds=list(kinds),
+        slack=[rule.slack for rule in rules],
+        threshold=[math.inf if rule.threshold is None else rule.threshold for rule in rules],
+        stop=[math.inf if rule.stop is None else rule.stop for rule in rules],
+    )
