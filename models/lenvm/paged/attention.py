@@ -218,7 +218,7 @@ def _masked_attention(
         out = _short_attention(q, k, v, mask, scaling)
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return out.view(rows, heads, width, dim).transpose(1, 2).reshape(rows * width, heads, dim)[group.places]
+    return out.reshape(rows, heads, width, dim).transpose(1, 2).reshape(rows * width, heads, dim)[group.places]
 
 
 def _short_attention(
