@@ -1,0 +1,201 @@
+"""Guided decoding with ``generate`` of transformers: sampling, greedy, beams, batches with left padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from lenvm_client._steps import GuidanceReport, GuidedRow, uniform
+from lenvm_client._types import CandidateScorer
+from lenvm_client.errors import InvalidRequestError
+from lenvm_client.guided import GuidedDecoder
+
+__all__ = ["LenVMLogitsProcessor", "generate"]
+
+# transformers applies these after us: each would cut or reweigh what was drawn from q, so they are switched off.
+_WARPERS = {"min_p": None, "top_h": None, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
+
+class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+    """Adds log-weights to the ``top_k`` likeliest tokens and every EOS and stop id; all other tokens get -inf.
+
+    Scores come in raw (transformers puts custom processors before its temperature) and leave as
+    ``temperature * log q``, so that sampling at that temperature, with every later warper switched off, follows the
+    guided law q exactly. One instance serves one call of ``generate``; the function of that name sets all of this up.
+
+    Args:
+        decoder: holds the scorer, the EOS and stop ids, and the report.
+        objectives: wire form, one for each prompt; None is unguided. Row i of a step belongs to prompt
+            ``i // (rows / prompts)``, as beams and ``num_return_sequences`` are laid out.
+        temperature: that of ``generate``; 1 for greedy decoding.
+        attention_mask: the prompts' [B, T]; its leading zeros are padding. Without it: leading ``pad_token_id``,
+            unless that ends an answer (then none, as transformers has it).
+        pad_token_id: what ``generate`` puts after a finished row.
+        padding_ends: rows may end without an EOS or stop id (stop strings, other criteria), which only the padding that
+            follows shows; the pad id is no candidate then, unless it ends answers itself.
+        seeds: one for each row of a step. The processor then draws itself, so that a row's tokens do not depend on
+            the batch it shares.
+    """
+
+    def __init__(
+        self,
+        decoder: GuidedDecoder,
+        objectives: Sequence[Mapping[str, Any] | None],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 16,
+        attention_mask: torch.Tensor | None = None,
+        pad_token_id: int | None = None,
+        padding_ends: bool = False,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        if not temperature > 0 or top_k < 1:
+            raise InvalidRequestError(f"temperature {temperature} must be above 0 and top_k {top_k} at least 1")
+        self.decoder = decoder
+        self.objectives = list(objectives)
+        self.temperature = temperature
+        self.top_k = top_k
+        # As transformers has it, an id that ends answers marks no padding in a prompt.
+        self._pad = None if pad_token_id in decoder.end_ids else pad_token_id
+        self._ends = {*decoder.end_ids, *([self._pad] if padding_ends else [])} - {None}
+        self.seeds = seeds
+        self._padding = None if attention_mask is None else _left_padding(attention_mask)
+        self._width: int | None = None  # of the prompts, padding included
+
+    def rows(self, input_ids: torch.Tensor) -> list[GuidedRow]:
+        """``[B * n, T]`` as rows without padding, each up to its end."""
+        self._width = self._width or input_ids.shape[1]
+        expansion = self._expansion(input_ids)
+        if self._padding is None:
+            given = input_ids[::expansion] != (-1 if self._pad is None else self._pad)
+            self._padding = _left_padding(torch.cummax(given.int(), 1).values)
+        rows = []
+        for at, ids in enumerate(input_ids.tolist()):
+            end = next((t for t in range(self._width, len(ids)) if ids[t] in self._ends), len(ids))
+            # Its EOS belongs to the answer; padding after another end does not.
+            whole = end + (end < len(ids) and ids[end] in self.decoder.end_ids)
+            prefix, objective = ids[self._padding[at // expansion] : whole], self.objectives[at // expansion]
+            generated, finished = end - self._width, end < len(ids)
+            rows.append(GuidedRow(prefix=prefix, generated=generated, objective=objective, finished=finished))
+        return rows
+
+    def _expansion(self, input_ids: torch.Tensor) -> int:
+        expansion, rest = divmod(len(input_ids), len(self.objectives) or len(input_ids) + 1)
+        if rest or not expansion:
+            message = f"{len(input_ids)} rows for {len(self.objectives)} objectives: give one for each prompt"
+            raise InvalidRequestError(message, param="objectives")
+        return expansion
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``[B, T]`` ids and ``[B, V]`` raw scores -> ``[B, V]`` scores."""
+        logits = scores.float() / self.temperature
+        if self._pad in self._ends:
+            logits[:, self._pad] = -torch.inf
+        logprobs = torch.log_softmax(logits, dim=-1)
+        top = logprobs.topk(min(self.top_k, scores.shape[-1]), dim=-1)
+        ends = list(self.decoder.end_ids)
+        lists = zip(top.indices.tolist(), top.values.tolist(), logprobs[:, ends].tolist(), strict=True)
+        rows = [
+            replace(row, candidates=ids, logprobs=logs, eos_logprobs=dict(zip(ends, end_logs, strict=True)))
+            for row, (ids, logs, end_logs) in zip(self.rows(input_ids), lists, strict=True)
+        ]
+        places: list[tuple[int, int, float]] = []
+        out = torch.full_like(scores, -torch.inf)
+        for at, (row, weighted) in enumerate(zip(rows, self.decoder.step(rows), strict=True)):
+            if not weighted.ids:
+                out[at] = scores[at]  # finished: transformers puts padding there
+            elif self.seeds is not None:
+                places.append((at, weighted.draw(uniform(self.seeds[at], row.generated)), 0.0))
+            else:
+                log_q = zip(weighted.ids, weighted.log_q(), strict=True)
+                places += [(at, token, self.temperature * value) for token, value in log_q]
+        if places:
+            at_rows, tokens, values = zip(*places, strict=True)
+            out[list(at_rows), list(tokens)] = torch.tensor(values, dtype=out.dtype, device=out.device)
+        return out
+
+
+def generate(
+    model: Any,
+    scorer: CandidateScorer,
+    inputs: Any,
+    *,
+    objectives: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
+    temperature: float = 0.7,
+    top_k: int = 16,
+    do_sample: bool | None = None,
+    stop_token_ids: Iterable[int] = (),
+    seeds: Sequence[int] | None = None,
+    on_error: Literal["passthrough", "raise"] = "passthrough",
+    **generate_kwargs: Any,
+) -> tuple[Any, GuidanceReport]:
+    """``model.generate`` with guidance: what it returns, and the report (a row for each sequence).
+
+    Args:
+        inputs: what a tokenizer gives (``input_ids``, ``attention_mask``; padded on the left), or ids ``[B, T]``.
+        objectives: wire form; one for all prompts, or one for each (None: unguided, with the same sampler).
+        temperature: 0 is greedy. top_k: candidates a step, beside the EOS and stop ids. Nothing else truncates.
+        do_sample: False for greedy decoding and beam search, at temperature 1; by default ``temperature > 0``.
+        stop_token_ids: end an answer as the model's EOS ids do.
+        seeds: one for each sequence: draws that do not depend on the batch.
+        on_error: see ``GuidedDecoder``.
+        generate_kwargs: the rest goes to ``model.generate``, e.g. ``max_new_tokens``, ``num_beams``.
+
+    Raises LenVMClientError: see ``GuidedDecoder``; InvalidRequestError for arguments that do not fit each other.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InvalidRequestError("the model must be a decoder: prompt and answer are one sequence", param="model")
+    refused = sorted({*_WARPERS, "input_ids", "attention_mask"} & generate_kwargs.keys())
+    if refused:
+        message = f"{', '.join(refused)} cannot be given here: candidates are cut by top_k alone, ids go into inputs"
+        raise InvalidRequestError(message, param=refused[0])
+    given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    ids = given["input_ids"]
+
+    def setting(name: str) -> Any:
+        sources = (generate_kwargs.get("generation_config"), model.generation_config)
+        values = [generate_kwargs.get(name), *(getattr(source, name, None) for source in sources)]
+        return next((value for value in values if value is not None), None)
+
+    sampling = temperature > 0 if do_sample is None else do_sample
+    beams, count = setting("num_beams") or 1, len(ids) * (setting("num_return_sequences") or 1)
+    if seeds is not None and (not sampling or beams > 1 or len(seeds) != count):
+        raise InvalidRequestError("seeds go with sampling without beams, one for each sequence", param="seeds")
+    each = [objectives] * len(ids) if objectives is None or isinstance(objectives, Mapping) else list(objectives)
+    if len(each) != len(ids):
+        raise InvalidRequestError(f"{len(ids)} prompts need as many objectives, not {len(each)}", param="objectives")
+    eos = setting("eos_token_id")
+    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    # Room for beams that ended: they are reported when the others have ended too.
+    room = max(8192, 64 * count * beams)
+    decoder = GuidedDecoder(scorer, eos_ids, stop_token_ids, on_error=on_error, max_prefixes=room)
+    decoder.start(sampled=sampling and beams == 1)
+    processor = LenVMLogitsProcessor(
+        decoder,
+        each,
+        temperature=temperature if sampling else 1.0,
+        top_k=top_k,
+        attention_mask=given.get("attention_mask"),
+        pad_token_id=setting("pad_token_id"),
+        padding_ends=bool(setting("stopping_criteria") or setting("stop_strings")),
+        seeds=seeds,
+    )
+    processor.rows(ids)  # checks the shapes before anything is computed
+    generate_kwargs["eos_token_id"] = list(decoder.end_ids) or None
+    if sampling:
+        generate_kwargs |= {"temperature": temperature, "top_k": 0, **_WARPERS}
+    processors = LogitsProcessorList([*(generate_kwargs.pop("logits_processor", None) or ()), processor])
+    output = model.generate(**given, **generate_kwargs, do_sample=sampling, logits_processor=processors)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    return output, decoder.report(processor.rows(sequences))
+
+
+def _left_padding(mask: torch.Tensor) -> list[int]:
+    """Leading zeros of each row of ``[B, T]``."""
+    if bool((mask.int().diff(dim=1) < 0).any()) or not bool(mask[:, -1].all()):
+        raise InvalidRequestError("prompts must be padded on the left, and none may be empty", param="attention_mask")
+    return [int(zeros) for zeros in (mask == 0).sum(dim=1).tolist()]

@@ -1,0 +1,433 @@
+"""The transformers driver on the tiny backbone, with a scorer whose log-weights tell every prefix apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lenvm.decoding import Candidates, Request, Sampler, SamplingParams
+from lenvm_client import GuidanceReport, GuidedDecoder, InvalidRequestError, ServiceUnreachableError
+from lenvm_client.drivers.hf import LenVMLogitsProcessor, generate
+from tests.unit.client_fakes import FakeScorer
+
+EOS, STOP, PAD = 2, 40, 0
+TILT = {"kind": "tilt", "lambda": 0.5}
+OTHER = {"kind": "at_most", "target": 7}
+SCALE = {"kind": "scale", "factor": 0.5}
+PROMPTS = [[1, 30, 31, 32, 33], [1, 50], [1, 60, 61, 62], [1, 50]]
+OBJECTIVES = [TILT, None, OTHER, SCALE]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_backbone: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_backbone, dtype=torch.float32)
+
+
+def padded(prompts: Sequence[Sequence[int]], pad: int = PAD, width: int = 0) -> dict[str, torch.Tensor]:
+    width = max(width, *map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts]),
+        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+    }
+
+
+def answers(sequences: torch.Tensor, width: int, ends: Sequence[int] = (EOS,)) -> list[list[int]]:
+    """What was generated, up to and with the token that ended it."""
+    out = []
+    for row in sequences[:, width:].tolist():
+        end = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        out.append(row[:end])
+    return out
+
+
+def next_logits(model: Any, prefix: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([list(prefix)])).logits[0, -1].double()
+
+
+def law(
+    model: Any,
+    prefix: Sequence[int],
+    objective: Mapping[str, Any] | None,
+    *,
+    temperature: float,
+    top_k: int,
+    ends: Sequence[int],
+    banned: Sequence[int] = (),
+) -> dict[int, tuple[float, float]]:
+    """Candidates with (log p, log q), both over the candidates."""
+    logits = next_logits(model, prefix)
+    logits[list(banned)] = -torch.inf
+    logp = torch.log_softmax(logits / temperature, -1)
+    ids = sorted({*logp.topk(top_k).indices.tolist(), *ends})
+    base = logp[ids]
+    weights = [0.0 if objective is None else FakeScorer.weight(prefix, token, objective) for token in ids]
+    guided = base + torch.tensor(weights, dtype=torch.float64)
+    p, q = (torch.log_softmax(x, -1).tolist() for x in (base, guided))
+    return {token: (a, b) for token, a, b in zip(ids, p, q, strict=True)}
+
+
+def run(
+    model: Any, scorer: Any, prompts: Sequence[Sequence[int]], **options: Any
+) -> tuple[list[list[int]], GuidanceReport]:
+    inputs = padded(prompts)
+    options = {"temperature": 0.8, "top_k": 6, "max_new_tokens": 24, "pad_token_id": PAD, **options}
+    sequences, report = generate(model, scorer, inputs, **options)
+    ends = (EOS, *options.get("stop_token_ids", ()))
+    return answers(sequences, inputs["input_ids"].shape[1], ends), report
+
+
+class Recorder(LenVMLogitsProcessor):
+    """Keeps the scores that left the processor."""
+
+    seen: list[torch.Tensor]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        out = super().__call__(input_ids, scores)
+        self.seen = [*getattr(self, "seen", []), out.clone()]
+        return out
+
+
+class TestTheLaw:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+    def test_log_weights_are_applied_exactly(self, model: Any, temperature: float) -> None:
+        """After the temperature that follows, the law of the next token is q: candidates alone, p exp(weight)."""
+        decoder = GuidedDecoder(FakeScorer(), [EOS])
+        inputs = padded(PROMPTS[:3])
+        processor = LenVMLogitsProcessor(
+            decoder, OBJECTIVES[:3], temperature=temperature, top_k=5, attention_mask=inputs["attention_mask"]
+        )
+        scores = torch.stack([next_logits(model, prompt) for prompt in PROMPTS[:3]]).float()
+        out = torch.softmax(processor(inputs["input_ids"], scores) / temperature, -1)
+        for at, (prompt, objective) in enumerate(zip(PROMPTS[:3], OBJECTIVES[:3], strict=True)):
+            expected = torch.zeros(128)
+            for token, (_, q) in law(model, prompt, objective, temperature=temperature, top_k=5, ends=[EOS]).items():
+                expected[token] = math.exp(q)
+            torch.testing.assert_close(out[at], expected, rtol=1e-4, atol=1e-6)
+
+    def test_generate_leaves_the_law_alone(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither the model's own truncation nor a default one cuts after us: what is sampled from is q."""
+        for name, value in {"top_p": 0.5, "top_k": 2, "min_p": 0.4, "typical_p": 0.4, "epsilon_cutoff": 0.3}.items():
+            monkeypatch.setattr(model.generation_config, name, value)
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(
+            torch, "multinomial", lambda probs, **_: seen.append(probs.clone()) or probs.argmax(-1, True)
+        )
+        generate(model, FakeScorer(), torch.tensor([PROMPTS[0]]), objectives=TILT, temperature=0.6, max_new_tokens=1)
+        expected = law(model, PROMPTS[0], TILT, temperature=0.6, top_k=16, ends=[EOS])
+        assert set(seen[0][0].nonzero()[:, 0].tolist()) == set(expected)
+        for token, (_, q) in expected.items():
+            assert seen[0][0, token].item() == pytest.approx(math.exp(q), rel=1e-4)
+
+    def test_sampled_frequencies(self, model: Any) -> None:
+        """Through the whole of ``generate``, 4,000 draws of the next token."""
+        count = 4000
+        torch.manual_seed(3)
+        out, _ = generate(
+            model,
+            FakeScorer(),
+            torch.tensor([PROMPTS[0]]),
+            objectives=TILT,
+            temperature=0.9,
+            top_k=5,
+            max_new_tokens=1,
+            num_return_sequences=count,
+        )
+        drawn = torch.bincount(out[:, -1], minlength=128) / count
+        expected = law(model, PROMPTS[0], TILT, temperature=0.9, top_k=5, ends=[EOS])
+        for token in range(128):
+            q = math.exp(expected[token][1]) if token in expected else 0.0
+            assert abs(drawn[token].item() - q) <= 5 * math.sqrt(q * (1 - q) / count)
+
+    def test_greedy_takes_the_best_at_temperature_one(self, model: Any) -> None:
+        for options in ({"temperature": 0.0}, {"do_sample": False}):
+            out, report = run(model, FakeScorer(), PROMPTS[:3], objectives=OBJECTIVES[:3], max_new_tokens=12, **options)
+            for prompt, objective, answer in zip(PROMPTS, OBJECTIVES, out, strict=False):
+                prefix = list(prompt)
+                for token in answer:
+                    laws = law(model, prefix, objective, temperature=1.0, top_k=6, ends=[EOS])
+                    assert token == max(laws, key=lambda t: laws[t][1])
+                    prefix.append(token)
+            assert math.isnan(report.text_cost)
+            assert report.guided_steps == len(out[0]) + len(out[2])
+
+
+class TestRows:
+    def test_a_batch_is_its_rows_alone(self, model: Any) -> None:
+        seeds = [11, 12, 13, 14]
+        together, report = run(model, FakeScorer(), PROMPTS, objectives=OBJECTIVES, seeds=seeds)
+        for at, prompt in enumerate(PROMPTS):
+            alone, own = run(model, FakeScorer(), [prompt], objectives=[OBJECTIVES[at]], seeds=[seeds[at]])
+            assert alone == [together[at]]
+            assert own.rows[0].steps == report.rows[at].steps == len(together[at])
+            assert own.rows[0].text_cost == pytest.approx(report.rows[at].text_cost, abs=1e-4)
+        assert len({len(answer) for answer in together}) > 1  # some ended while others went on
+
+    def test_the_sampler_of_lenvm_draws_the_same(self, model: Any, tiny_backbone: Path) -> None:
+        """Same seeds, same candidates, same weights: in-process sampling and ``generate`` agree token by token."""
+        from lenvm.backbones import load_backbone
+
+        class Guide:
+            def __init__(self) -> None:
+                self.prefixes: dict[int, list[int]] = {}
+
+            def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+                self.prefixes |= {row: list(prompt) for row, prompt in zip(rows, prompts, strict=True)}
+
+            def log_weights(self, rows: Sequence[int], candidates: Candidates) -> Any:
+                weights = torch.zeros(candidates.ids.shape, dtype=torch.float64).numpy()
+                for at, row in enumerate(rows):
+                    for k, token in enumerate(candidates.ids[at].tolist()):
+                        weights[at, k] = FakeScorer.weight(self.prefixes[row], token, TILT)
+                return weights
+
+            def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+                for row, token in zip(rows, tokens, strict=True):
+                    self.prefixes[row].append(token)
+
+            def finish(self, rows: Sequence[int]) -> None:
+                pass
+
+        sampler = Sampler(load_backbone(tiny_backbone), eos_ids=[EOS])
+        params = SamplingParams(temperature=0.8, top_k=6, max_new_tokens=24)
+        requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+        theirs = sampler.generate(requests, params, guide=Guide())
+        ours, report = run(model, FakeScorer(), PROMPTS, objectives=TILT, seeds=range(4))
+        for generation, answer, row in zip(theirs, ours, report.rows, strict=True):
+            assert answer == generation.token_ids + [EOS] * generation.finished
+            assert row.text_cost == pytest.approx(generation.text_cost, abs=1e-4)
+            assert row.forced_stop == generation.forced_stop
+
+    @pytest.mark.parametrize("pad", [PAD, EOS, 77])
+    def test_padding_changes_nothing_and_is_never_sent(self, model: Any, pad: int) -> None:
+        tight, _ = run(model, FakeScorer(), PROMPTS[1:2], objectives=TILT, seeds=[5])
+        scorer = FakeScorer()
+        inputs = padded(PROMPTS[1:3], pad, width=11)
+        out, _ = generate(
+            model,
+            scorer,
+            inputs,
+            objectives=[TILT, OTHER],
+            temperature=0.8,
+            top_k=6,
+            max_new_tokens=24,
+            pad_token_id=pad,
+            seeds=[5, 6],
+        )
+        assert answers(out, 11)[0] == tight[0]
+        for prefix in (prefix for call in scorer.prefixes for prefix in call):
+            assert any(prefix[: len(p)] == tuple(p) for p in PROMPTS[1:3])
+            assert EOS not in prefix
+
+    def test_without_a_mask_the_pad_id_says_it(self, model: Any) -> None:
+        expected, _ = run(model, FakeScorer(), PROMPTS[:3], objectives=OBJECTIVES[:3], seeds=[1, 2, 3])
+        scorer = FakeScorer()
+        ids = padded(PROMPTS[:3])["input_ids"]
+        options = {"temperature": 0.8, "top_k": 6, "max_new_tokens": 24}
+        out, _ = generate(model, scorer, ids, objectives=OBJECTIVES[:3], pad_token_id=PAD, seeds=[1, 2, 3], **options)
+        assert answers(out, 5) == expected
+        assert scorer.prefixes[0] == [tuple(PROMPTS[0]), tuple(PROMPTS[2])]
+        # An id that ends answers may well begin a prompt: it is no padding then.
+        generate(model, scorer, torch.tensor([[EOS, 50]]), objectives=TILT, pad_token_id=EOS, **options)
+        assert any((EOS, 50) in call for call in scorer.prefixes)
+
+    def test_eos_is_always_a_candidate_and_stop_ids_end_too(self, model: Any) -> None:
+        rare = min(range(3, 128), key=lambda token: next_logits(model, PROMPTS[0])[token].item())
+
+        class Force(FakeScorer):
+            @staticmethod
+            def weight(prefix: Sequence[int], token: int, objective: Mapping[str, Any]) -> float:
+                return 100.0 if token == objective["target"] else 0.0
+
+        for end in (EOS, STOP, rare):
+            scorer = Force()
+            goal = {"kind": "equal_to", "target": end}
+            out, report = run(
+                model,
+                scorer,
+                PROMPTS[:1],
+                objectives=goal,
+                stop_token_ids=[STOP, rare],
+                eos_token_id=[EOS],
+                max_new_tokens=9,
+            )
+            assert out == [[end]]
+            assert scorer.calls[0][0].eos_ids == (EOS, STOP, rare)
+            assert {EOS, STOP, rare} <= set(scorer.calls[0][0].candidates)
+            assert report.steps == 1
+            p = torch.softmax(next_logits(model, PROMPTS[0]) / 0.8, -1)
+            assert report.forced_stops == (p[[EOS, STOP, rare]].sum().item() < 1e-3)
+            assert report.text_cost == pytest.approx(-math.log(p[end] / p[list(scorer.calls[0][0].candidates)].sum()))
+
+    def test_finished_rows_cost_nothing(self, model: Any) -> None:
+        scorer = FakeScorer()
+        out, report = run(model, scorer, PROMPTS, objectives=[TILT, TILT, OTHER, SCALE], seeds=[11, 12, 13, 14])
+        lengths = [len(answer) for answer in out]
+        assert min(lengths) < max(lengths)
+        for step, call in enumerate(scorer.calls):
+            assert len(call) == sum(length > step for length in lengths)
+        assert len(scorer.calls) == report.calls == max(lengths)
+        assert [row.steps for row in report.rows] == lengths
+        assert all(len(item.append) == 1 for call in scorer.calls[1:] for item in call)
+
+    def test_several_sequences_of_a_prompt(self, model: Any) -> None:
+        scorer = FakeScorer()
+        seeds = [1, 2, 3, 4, 5, 6]
+        out, report = run(model, scorer, PROMPTS[:2], objectives=[TILT, OTHER], num_return_sequences=3, seeds=seeds)
+        assert len(out) == len(report.rows) == 6
+        for at, answer in enumerate(out):
+            alone, _ = run(
+                model, FakeScorer(), PROMPTS[at // 3 :][:1], objectives=[[TILT, OTHER][at // 3]], seeds=[seeds[at]]
+            )
+            assert answer == alone[0]
+
+    def test_text_cost_is_that_of_the_law(self, model: Any) -> None:
+        torch.manual_seed(0)
+        out, report = run(model, FakeScorer(), PROMPTS[:3], objectives=OBJECTIVES[:3])
+        for prompt, objective, answer, row in zip(PROMPTS, OBJECTIVES, out, report.rows, strict=False):
+            prefix, cost = list(prompt), 0.0
+            for token in answer:
+                p, q = law(model, prefix, objective, temperature=0.8, top_k=6, ends=[EOS])[token]
+                cost += q - p
+                prefix.append(token)
+            assert row.text_cost == pytest.approx(cost, abs=1e-4)
+
+
+class TestBeams:
+    def test_beams_are_searched_under_q(self, model: Any) -> None:
+        """Against a plain beam search over log q (fixed length: nothing may end before)."""
+        scorer, width, steps = FakeScorer(), 3, 5
+        beams = [(0.0, list(PROMPTS[0]))]
+        for _ in range(steps):
+            grown = [
+                (score + q, [*prefix, token])
+                for score, prefix in beams
+                for token, (_, q) in law(model, prefix, TILT, temperature=1.0, top_k=6, ends=[], banned=[EOS]).items()
+            ]
+            beams = sorted(grown, reverse=True)[:width]
+        out, report = generate(
+            model,
+            scorer,
+            torch.tensor([PROMPTS[0]]),
+            objectives=TILT,
+            do_sample=False,
+            top_k=6,
+            num_beams=width,
+            num_return_sequences=width,
+            min_new_tokens=steps,
+            max_new_tokens=steps,
+            pad_token_id=PAD,
+        )
+        assert out.tolist() == [prefix for _, prefix in beams]
+        assert [row.steps for row in report.rows] == [steps] * width
+        assert [row.guided_steps for row in report.rows] == [steps] * width
+        assert math.isnan(report.text_cost)
+        # However the beams were reordered, every row after the first step was one token on a known session.
+        assert len(scorer.calls) == steps
+        assert all(len(item.append) == 1 for call in scorer.calls[1:] for item in call)
+
+    def test_a_batch_of_beams_with_several_objectives(self, model: Any) -> None:
+        options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 12}
+        together, report = run(model, FakeScorer(), PROMPTS[:3], objectives=OBJECTIVES[:3], **options)
+        assert len(report.rows) == 6
+        for at in range(3):
+            alone, own = run(model, FakeScorer(), [PROMPTS[at]], objectives=[OBJECTIVES[at]], **options)
+            assert together[2 * at : 2 * at + 2] == alone
+            steps = [row.steps for row in report.rows[2 * at : 2 * at + 2]]
+            assert steps == [row.steps for row in own.rows] == [len(answer) for answer in alone]
+
+
+class TestFailures:
+    def test_a_service_that_stops_in_the_middle(self, model: Any) -> None:
+        class Dying(FakeScorer):
+            def score_candidates(self, rows: Any) -> Any:
+                if len(self.calls) == 3:
+                    self.fail = ServiceUnreachableError("gone")
+                return super().score_candidates(rows)
+
+        options: dict[str, Any] = {"objectives": [TILT], "seeds": [4], "max_new_tokens": 12}
+        (answer,), report = run(model, Dying(), PROMPTS[:1], **options)
+        assert len(answer) > 4
+        assert report.guided_steps == 3
+        assert report.fallbacks == len(answer) - 3
+        assert report.errors == {"ServiceUnreachableError": 1}  # and left alone since
+        with pytest.raises(ServiceUnreachableError, match="gone"):
+            run(model, Dying(), PROMPTS[:1], **options, on_error="raise")
+
+    def test_an_impossible_objective_is_raised(self, model: Any) -> None:
+        scorer = FakeScorer()
+        scorer.refuse = {"tilt": "invalid_request"}
+        with pytest.raises(InvalidRequestError, match="refused"):
+            run(model, scorer, PROMPTS[:2], objectives=[OTHER, TILT])
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"top_p": 0.9}, "top_p cannot be given"),
+            ({"attention_mask": None}, "ids go into inputs"),
+            ({"objectives": [TILT]}, "as many objectives"),
+            ({"objectives": []}, "as many objectives"),
+            ({"seeds": [1]}, "one for each sequence"),
+            ({"seeds": [1, 2], "num_beams": 2}, "without beams"),
+            ({"seeds": [1, 2], "do_sample": False}, "sampling"),
+            ({"temperature": 0.0, "do_sample": True}, "temperature"),
+            ({"top_k": 0}, "top_k"),
+        ],
+    )
+    def test_arguments_that_do_not_fit(self, model: Any, options: dict[str, Any], match: str) -> None:
+        with pytest.raises(InvalidRequestError, match=match):
+            run(model, FakeScorer(), PROMPTS[:2], **{"objectives": [TILT, None], **options})
+
+    def test_right_padding_is_refused(self, model: Any) -> None:
+        inputs = {"input_ids": torch.tensor([[1, 50, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+        with pytest.raises(InvalidRequestError, match="on the left"):
+            generate(model, FakeScorer(), inputs, objectives=TILT, max_new_tokens=2)
+
+    def test_processors_of_the_user_come_first(self, model: Any) -> None:
+        def ban(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = scores.clone()
+            scores[:, 3:64] = -torch.inf
+            return scores
+
+        scorer = FakeScorer()
+        out, _ = run(model, scorer, PROMPTS[:1], objectives=TILT, logits_processor=[ban], return_dict_in_generate=False)
+        assert all(token == EOS or token >= 64 or token < 3 for token in out[0])
+        assert all(token < 3 or token >= 64 for call in scorer.calls for item in call for token in item.candidates)
+
+    def test_a_dict_output_and_stop_strings_style_endings(self, model: Any) -> None:
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        class After(StoppingCriteria):  # type: ignore[misc]
+            """Ends row 0 after three tokens, as a stop string would: padding follows, and no EOS."""
+
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                done = input_ids.shape[1] >= 5 + 3
+                return torch.tensor([done] + [False] * (len(input_ids) - 1))
+
+        scorer = FakeScorer()
+        inputs = padded([PROMPTS[0], PROMPTS[2]])
+        output, report = generate(
+            model,
+            scorer,
+            inputs,
+            objectives=TILT,
+            temperature=0.8,
+            max_new_tokens=10,
+            pad_token_id=PAD,
+            seeds=[1, 2],
+            stopping_criteria=StoppingCriteriaList([After()]),
+            return_dict_in_generate=True,
+        )
+        assert report.rows[0].steps == 3
+        assert not report.rows[0].forced_stop
+        assert output.sequences.shape[0] == 2
+        assert all(PAD not in prefix for call in scorer.prefixes for prefix in call)
+        # transformers shows the end one step later, as padding
+        assert [len(call) for call in scorer.calls][:5] == [2, 2, 2, 2, 1]
