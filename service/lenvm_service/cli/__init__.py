@@ -16,7 +16,8 @@ from typing import Annotated
 import typer
 
 from lenvm import LenVMError, __version__
-from lenvm_service.cli import demo, evaluate, generate, predict, pull, rollout, score, train
+from lenvm_client import LenVMClientError
+from lenvm_service.cli import demo, evaluate, generate, predict, pull, rollout, score, serve, train
 from lenvm_service.cli._output import one_line, print_error
 
 __all__ = ["app", "main"]
@@ -35,6 +36,7 @@ app.command("generate")(generate.command)
 app.command("rollout")(rollout.command)
 app.command("train")(train.command)
 app.add_typer(evaluate.app, name="eval")
+app.command("serve")(serve.command)
 app.command("demo")(demo.command)
 
 
@@ -96,7 +98,7 @@ def _report(error: Exception) -> int:
         if message:  # a group without a command has printed its help, and says no more
             print_error(f"{message}{hint}")
         return error.exit_code
-    if isinstance(error, LenVMError):
+    if isinstance(error, LenVMError | LenVMClientError):
         print_error(one_line(error))
         return 1
     reason = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__

@@ -21,6 +21,7 @@ __all__ = [
     "ModelOption",
     "SeedOption",
     "TokenIdsOption",
+    "UrlOption",
     "parse_ids",
     "parse_quantiles",
     "read_lines",
@@ -37,6 +38,10 @@ BackboneOption: TypeAlias = Annotated[
     typer.Option("--backbone", metavar="NAME|DIR", help="Generator: a name, folder or hub id. Default: the model's."),
 ]
 DeviceOption: TypeAlias = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+UrlOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Ask this running service instead of loading the value model here."),
+]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 SeedOption: TypeAlias = Annotated[int, typer.Option("--seed", min=0, max=2**61, help="Seed of the first answer.")]
 DataOption: TypeAlias = Annotated[

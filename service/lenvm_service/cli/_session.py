@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lenvm.modeling import LengthValueModel
     from lenvm.rollouts.sampling import LocalGenerator
     from lenvm.scoring import TorchScorer
+    from lenvm_service.cli._backend import ModelFacts
 
 __all__ = ["check_device", "encode_completion", "encode_prompt", "load_generator", "load_scorer", "need", "sample"]
 
@@ -58,7 +59,7 @@ def load_scorer(model: str, *, device: str = "cpu", dtype: str = "float32") -> t
 
 
 def load_generator(
-    model: LengthValueModel,
+    facts: ModelFacts,
     backbone: str | None,
     *,
     device: str = "cpu",
@@ -72,16 +73,16 @@ def load_generator(
     from lenvm.backbones import resolve_backbone, tokenizer_sha256
     from lenvm.rollouts.sampling import LocalGenerator
 
-    own = model.config.generator.backbone
+    own = facts.backbone
     name = backbone or own
-    if tokenizer_sha256(resolve_backbone(name)) != model.config.backbone.tokenizer_sha256:
+    if tokenizer_sha256(resolve_backbone(name)) != facts.tokenizer_sha256:
         raise InvalidRequestError(
-            f"{name} has another tokenizer than the value model {model.config.name}: use a backbone of the same family",
+            f"{name} has another tokenizer than the value model {facts.name}: use a backbone of the same family",
             param="backbone",
         )
     warnings = []
     if name != own:
-        warnings.append(f"generator_mismatch: {model.config.name} was trained on answers of {own}, not of {name}")
+        warnings.append(f"generator_mismatch: {facts.name} was trained on answers of {own}, not of {name}")
     return LocalGenerator(name, device=check_device(device), dtype=dtype, max_rows=max_rows), warnings
 
 

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from lenvm_service.cli._options import DEFAULT_MODEL, BackboneOption, DeviceOption, JsonOption, ModelOption, SeedOption
+from lenvm_service.cli._options import (
+    DEFAULT_MODEL,
+    BackboneOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    UrlOption,
+)
 from lenvm_service.cli._output import print_json
 from lenvm_service.cli._session import need
 
@@ -23,16 +31,18 @@ def command(
     model: ModelOption = DEFAULT_MODEL,
     backbone: BackboneOption = None,
     device: DeviceOption = "cpu",
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch the backbone, predict and sample lengths, explain one answer token by token, and steer its length.
+    """Fetch the backbone, start the service on a free port, and over HTTP: predict lengths beside sampled ones, explain
+    one answer token by token, and steer its length.
 
     A part that fails is named on stderr, the others go on, and the exit status is 1.
     """
     need("serve")
     from lenvm_service.demo import DemoOptions, run_demo
 
-    options = DemoOptions(samples, max_new_tokens, seed, model, backbone, device)
+    options = DemoOptions(samples, max_new_tokens, seed, model, backbone, device, url)
     document = run_demo(options, show=not as_json, debug=context.find_root().params["debug"])
     if as_json:
         print_json(document)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from lenvm.errors import DataError
+from lenvm_service.cli._backend import ModelFacts
 from lenvm_service.cli._options import DEFAULT_MODEL, BackboneOption, DataOption, DeviceOption, JsonOption, ModelOption
 from lenvm_service.cli._output import ProgressReporter, number, print_json, print_warnings, stdout_console, table, title
 from lenvm_service.cli._session import check_device, load_generator, load_scorer, need
@@ -186,7 +187,9 @@ def lifebench(
         kinds=_names(kinds),  # type: ignore[arg-type]  # checked by the settings
     )
     loaded, _ = load_scorer(model, device=device, dtype=dtype.value)
-    generator, warnings = load_generator(loaded, backbone, device=device, dtype=dtype.value, max_rows=max_rows)
+    generator, warnings = load_generator(
+        ModelFacts.of(loaded), backbone, device=device, dtype=dtype.value, max_rows=max_rows
+    )
     print_warnings(warnings)
     scorer = TorchScorer(loaded, pool_tokens=pool_tokens(generator, data, settings))
     identity = {"model": loaded.config.name, "files": loaded.config.files, "dtype": dtype.value, "device": device}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
+from lenvm_service.answers import generation_fields
+from lenvm_service.cli._backend import open_backend
 from lenvm_service.cli._objective import ObjectiveOptions
 from lenvm_service.cli._options import (
     DEFAULT_MODEL,
@@ -16,6 +18,7 @@ from lenvm_service.cli._options import (
     ModelOption,
     SeedOption,
     TokenIdsOption,
+    UrlOption,
     read_text,
 )
 from lenvm_service.cli._output import (
@@ -27,13 +30,12 @@ from lenvm_service.cli._output import (
     table,
     title,
 )
-from lenvm_service.cli._session import encode_prompt, load_generator, load_scorer, need, sample
+from lenvm_service.cli._session import load_generator, need, sample
 
 if TYPE_CHECKING:
-    from lenvm.decoding import Generation
     from lenvm.guidance import Objective
 
-__all__ = ["command", "generation_fields", "length_score_of"]
+__all__ = ["command"]
 
 _TARGETS = "Objective"
 _SAMPLING = "Sampling"
@@ -99,6 +101,7 @@ def command(
     model: ModelOption = DEFAULT_MODEL,
     backbone: BackboneOption = None,
     device: DeviceOption = "cpu",
+    url: UrlOption = None,
     token_ids: TokenIdsOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,55 +119,30 @@ def command(
             "0 is for unguided answers only: guidance scores every candidate", param_hint="--top-k"
         )
     from lenvm.decoding import Request, SamplingParams
-    from lenvm.guides import ValueGuide
 
-    loaded, scorer = load_scorer(model, device=device)
-    ids = encode_prompt(loaded.tokenizer, read_text(prompt), token_ids=token_ids)
-    guide = None if objective is None else ValueGuide(scorer, [objective] * n)
+    backend = open_backend(url, model, device=device)
+    facts = backend.facts
+    ids = backend.encode(read_text(prompt), token_ids=token_ids)
+    guide = None if objective is None else backend.guide([objective] * n)
     if temperature is None:
-        temperature = loaded.config.generator.temperature
+        temperature = facts.temperature
     params = SamplingParams(temperature=temperature, top_k=top_k or None, max_new_tokens=max_new_tokens)
-    generator, warnings = load_generator(loaded, backbone, device=device)
+    generator, warnings = load_generator(facts, backbone, device=device)
     requests = [Request(ids, seed + index) for index in range(n)]
     generations = sample(generator, requests, params, guide)
     rows = [
-        {"index": index, **generation_fields(generation, objective, loaded.tokenizer)}
+        {"index": index, **generation_fields(generation, objective, generator.tokenizer)}
         for index, generation in enumerate(generations)
     ]
+    backend.close()
     print_warnings(warnings)
     if as_json:
         sampling = {"temperature": temperature, "top_k": top_k or None, "max_new_tokens": max_new_tokens}
         wire = None if objective is None else objective.to_dict()
-        head = {"model": loaded.config.name, "backbone": generator.name, "prompt_tokens": len(ids), "objective": wire}
+        head = {"model": facts.name, "backbone": generator.name, "prompt_tokens": len(ids), "objective": wire}
         print_json({**head, "sampling": sampling, "generations": rows, "warnings": warnings})
     else:
         _print_answers(rows, objective)
-
-
-def length_score_of(objective: Objective | None, length: int) -> float | None:
-    """LIFEBench's length score, 0 to 100; None for an objective without a target above 0."""
-    from lenvm.evaluation.lifebench import length_score
-
-    if objective is None or not objective.target:
-        return None
-    if objective.kind == "equal_to" or objective.kind == "at_most" or objective.kind == "at_least":
-        return length_score(length, objective.target, objective.kind)
-    return None
-
-
-def generation_fields(generation: Generation, objective: Objective | None, tokenizer: Any) -> dict[str, Any]:
-    """One answer as JSON: text, content tokens, and what guidance did."""
-    return {
-        "text": tokenizer.decode(generation.token_ids),
-        "token_ids": generation.token_ids,
-        "content_tokens": len(generation.token_ids),
-        "length_score": length_score_of(objective, len(generation.token_ids)),
-        "text_cost": generation.text_cost,
-        "forced_stop": generation.forced_stop,
-        "finished": generation.finished,
-        "logprob": generation.logprob,
-        "seed": generation.seed,
-    }
 
 
 def _print_answers(rows: list[dict[str, Any]], objective: Objective | None) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from lenvm.errors import InvalidRequestError
-from lenvm_service.cli._options import DEFAULT_MODEL, DeviceOption, JsonOption, ModelOption, TokenIdsOption, read_text
+from lenvm_service.cli._backend import open_backend
+from lenvm_service.cli._options import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    TokenIdsOption,
+    UrlOption,
+    read_text,
+)
 from lenvm_service.cli._output import number, print_json, printable, shift_style, stdout_console, table, title
-from lenvm_service.cli._session import encode_completion, encode_prompt, load_scorer, need
 
-if TYPE_CHECKING:
-    from lenvm.modeling import LengthValueModel
-    from lenvm.scoring import TorchScorer
-
-__all__ = ["command", "score_completion", "visible"]
+__all__ = ["command", "visible"]
 
 
 def command(
@@ -27,6 +30,7 @@ def command(
     ] = False,
     model: ModelOption = DEFAULT_MODEL,
     device: DeviceOption = "cpu",
+    url: UrlOption = None,
     token_ids: TokenIdsOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,45 +39,14 @@ def command(
     T tokens have T + 1 states s_0..s_T, each with a value, and T shifts. A positive shift (red) means that this token
     made the rest longer than expected, a negative one (blue) shorter. Horizons are remaining tokens, EOS included.
     """
-    need("serve")
-    loaded, scorer = load_scorer(model, device=device)
-    prompt_ids = encode_prompt(loaded.tokenizer, read_text(prompt), token_ids=token_ids)
-    completion_ids = encode_completion(loaded.tokenizer, completion, token_ids=token_ids)
-    row = score_completion(loaded, scorer, prompt_ids, completion_ids, eos=eos)
+    backend = open_backend(url, model, device=device)
+    row = backend.score(read_text(prompt), completion, eos=eos, token_ids=token_ids)
+    backend.close()
+    facts = backend.facts
     if as_json:
-        print_json({"model": loaded.config.name, "gamma": scorer.gamma, "scores": [{"index": 0, **row}]})
+        print_json({"model": facts.name, "gamma": facts.gamma, "scores": [{"index": 0, **row}]})
     else:
-        _print_table(loaded.config.name, row)
-
-
-def score_completion(
-    model: LengthValueModel, scorer: TorchScorer, prompt: list[int], completion: list[int], *, eos: bool
-) -> dict[str, Any]:
-    """Values and horizons of s_0..s_T and the T length shifts; with ``eos`` the last token is EOS and ``V_T = 0``.
-
-    Raises InvalidRequestError where there is no token to score.
-    """
-    from lenvm.returns import horizon_from_logit, length_shift, value_from_logit
-
-    if not completion and not eos:
-        raise InvalidRequestError("the completion is empty: pass some text, or --eos", param="completion")
-    score = scorer.token_values(prompt, completion)
-    score.state.close()
-    values = [float(value) for value in value_from_logit(score.logits)]
-    horizons = [float(length) for length in horizon_from_logit(score.logits, scorer.gamma)]
-    ids = list(completion)
-    if eos:
-        ids.append(int(model.tokenizer.eos_token_id))
-        values.append(0.0)
-        horizons.append(0.0)
-    return {
-        "prompt_tokens": len(prompt),
-        "token_ids": ids,
-        "tokens": [model.tokenizer.decode([token]) for token in ids],
-        "values": values,
-        "horizons": horizons,
-        "length_shifts": [float(shift) for shift in length_shift(values, scorer.gamma)],
-    }
+        _print_table(facts.name, row)
 
 
 def visible(token: str) -> str:

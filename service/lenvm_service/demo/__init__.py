@@ -6,11 +6,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from lenvm.errors import LenVMError
+from lenvm_client import LenVMClientError
 from lenvm_service.cli._output import one_line, print_error, stdout_console
 from lenvm_service.demo.parts import Demo, DemoOptions
 from lenvm_service.demo.show import show_guided, show_intro, show_lengths, show_shifts
@@ -47,16 +49,16 @@ def run_demo(options: DemoOptions, *, show: bool = True, debug: bool = False) ->
         except Exception as error:
             if debug:
                 traceback.print_exc(file=sys.stderr)
-            kind = "" if isinstance(error, LenVMError) else f"{type(error).__name__}: "
+            kind = "" if isinstance(error, LenVMError | LenVMClientError) else f"{type(error).__name__}: "
             message = f"demo, part {name}: {kind}{one_line(error)}"
             print_error(message)
             document["failures"].append(message)
             return None
 
-    demo = Demo(options)
-    if attempt("setup", demo.setup, show_intro) is not None:
-        for name, part, print_part in PARTS:
-            attempt(name, partial(part, demo), print_part)
+    with closing(Demo(options)) as demo:
+        if attempt("setup", demo.setup, show_intro) is not None:
+            for name, part, print_part in PARTS:
+                attempt(name, partial(part, demo), print_part)
     document["seconds"] = time.perf_counter() - started
     if show:
         failed = len(document["failures"])

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lenvm_service.cli._session import encode_prompt, load_generator, load_scorer, sample
-from lenvm_service.cli.generate import generation_fields
-from lenvm_service.cli.predict import prediction
-from lenvm_service.cli.score import score_completion
+from lenvm_client import CompletionInput, PredictInput, RowError, TokenScores
+from lenvm_service.answers import generation_fields, level_name
+from lenvm_service.cli._backend import RemoteBackend
+from lenvm_service.cli._session import load_generator, need, sample
+from lenvm_service.demo.service import running_service
 
 if TYPE_CHECKING:
     from lenvm.decoding import Generation
     from lenvm.guidance import Objective
-    from lenvm.modeling import LengthValueModel
     from lenvm.rollouts.sampling import LocalGenerator
-    from lenvm.scoring import TorchScorer
 
 __all__ = ["PROMPTS", "STEERED_PROMPT", "Demo", "DemoOptions"]
 
@@ -26,6 +26,7 @@ PROMPTS = {
 }
 STEERED_PROMPT = "Why does the sea look blue?"
 _LEVELS = [0.5, 0.9]
+_GRID = [(2 * step + 1) / 100 for step in range(50)]  # the mean of these quantiles is that of the distribution
 _EXPLAINED = 24  # tokens that an answer should have at least to be worth explaining
 
 
@@ -39,54 +40,66 @@ class DemoOptions:
     model: str = "smollm2-135m-instruct"
     backbone: str | None = None
     device: str = "cpu"
+    url: str | None = None  # a service that runs already; None starts one
 
 
 @dataclass
 class Demo:
-    """The parts, in order; later ones use what ``setup`` loaded and, where it is there, what ``lengths`` sampled."""
+    """The parts, in order; later ones use what ``setup`` started and, where it is there, what ``lengths`` sampled.
+
+    The value model is asked over HTTP only; the generator runs in this process.
+    """
 
     options: DemoOptions
     _sampled: list[tuple[list[int], Generation]] = field(default_factory=list)
-    _model: LengthValueModel | None = None
-    _scorer: TorchScorer | None = None
+    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _backend: RemoteBackend | None = None
     _generator: LocalGenerator | None = None
 
     def setup(self) -> dict[str, Any]:
-        """Fetch the backbone where it is not there yet, and load it twice: as value model and as generator."""
+        """Fetch the backbone where it is not there yet, start the service, and load the generator."""
         from lenvm.backbones import DEFAULT_BACKBONE, resolve_backbone
 
+        need("serve")
         if self.options.model == DEFAULT_BACKBONE:
             resolve_backbone(DEFAULT_BACKBONE)  # with its progress bar, before anything else can fail
-        self._model, self._scorer = load_scorer(self.options.model, device=self.options.device)
-        self._generator, warnings = load_generator(self._model, self.options.backbone, device=self.options.device)
-        config = self._model.config
+        url = self.options.url
+        if url is None:
+            url = self._held.enter_context(running_service(self.options.model, device=self.options.device))
+        self._backend = backend = RemoteBackend(url)
+        self._held.callback(backend.close)
+        self._generator, warnings = load_generator(backend.facts, self.options.backbone, device=self.options.device)
         return {
-            "model": config.name,
+            "url": url,
+            "model": backend.facts.name,
             "backbone": self._generator.name,
-            "gamma": config.gamma,
-            "temperature": config.generator.temperature,
+            "gamma": backend.facts.gamma,
+            "temperature": backend.facts.temperature,
             "warnings": warnings,
         }
 
+    def close(self) -> None:
+        """Stop the service that ``setup`` started."""
+        self._held.close()
+
     @property
-    def _loaded(self) -> tuple[LengthValueModel, TorchScorer, LocalGenerator]:
-        assert self._model is not None
-        assert self._scorer is not None
+    def _started(self) -> tuple[RemoteBackend, LocalGenerator]:
+        assert self._backend is not None
         assert self._generator is not None
-        return self._model, self._scorer, self._generator
+        return self._backend, self._generator
 
     def lengths(self) -> dict[str, Any]:
         """Predicted remaining length of three prompts beside sampled ones, everything as ``min(l, cap)``."""
         from lenvm.decoding import Request, SamplingParams
-        from lenvm.scoring import ScoreRow
 
-        model, scorer, generator = self._loaded
+        backend, generator = self._started
         cap, samples = self.options.max_new_tokens, self.options.samples
-        encoded = [encode_prompt(generator.tokenizer, text) for text in PROMPTS.values()]
-        scores = scorer.score([ScoreRow(append=ids) for ids in encoded])
+        encoded = [backend.encode(text) for text in PROMPTS.values()]
+        inputs = [PredictInput(token_ids=ids) for ids in encoded]
+        predicted = list(backend.client.predict_length(inputs, quantiles=[*_LEVELS, *_GRID]))
         requests = [Request(ids, self.options.seed + sample) for ids in encoded for sample in range(samples)]
-        settings = model.config.generator
-        params = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=cap)
+        facts = backend.facts
+        params = SamplingParams(temperature=facts.temperature, top_p=facts.top_p, max_new_tokens=cap)
         answers = sample(generator, requests, params, label="Sampling answers")
         self._sampled = [(list(r.prompt_ids), answer) for r, answer in zip(requests, answers, strict=True)]
         rows = []
@@ -94,12 +107,11 @@ class Demo:
             own = answers[index * samples : (index + 1) * samples]
             # A finished answer has l = L + 1; a cut one has l > cap.
             lengths = [len(answer.token_ids) + 1 if answer.finished else cap for answer in own]
-            scores[index].state.close()
             rows.append(
                 {
                     "kind": kind,
                     "prompt": text,
-                    "predicted": _capped_prediction(scorer, scores[index], cap),
+                    "predicted": _capped_prediction(asdict(predicted[index]), cap),
                     "sampled": {
                         "lengths": lengths,
                         "mean": sum(lengths) / len(lengths),
@@ -115,34 +127,36 @@ class Demo:
         """Length shifts of one sampled answer: the shortest finished one that has something to explain."""
         from lenvm.decoding import Request, SamplingParams
 
-        model, scorer, generator = self._loaded
+        backend, generator = self._started
         found = [item for item in self._sampled if item[1].finished and len(item[1].token_ids) >= _EXPLAINED]
         if found:
             prompt, answer = min(found, key=lambda item: len(item[1].token_ids))
         elif self._sampled:
             prompt, answer = self._sampled[0]
         else:  # the part before this one failed
-            prompt = encode_prompt(generator.tokenizer, PROMPTS["math"])
+            prompt = backend.encode(PROMPTS["math"])
             params = SamplingParams(
-                temperature=model.config.generator.temperature, max_new_tokens=min(96, self.options.max_new_tokens)
+                temperature=backend.facts.temperature, max_new_tokens=min(96, self.options.max_new_tokens)
             )
             (answer,) = sample(generator, [Request(prompt, self.options.seed)], params, label="Sampling an answer")
-        row = score_completion(model, scorer, prompt, answer.token_ids, eos=answer.finished)
-        texts = {tuple(encode_prompt(generator.tokenizer, text)): text for text in PROMPTS.values()}
-        return {"prompt": texts.get(tuple(prompt), ""), "finished": answer.finished, **row}
+        asked = CompletionInput(token_ids=prompt, completion_ids=answer.token_ids, eos=answer.finished)
+        (row,) = backend.client.score([asked]).scores
+        if isinstance(row, RowError):
+            raise row.to_exception()
+        assert isinstance(row, TokenScores)
+        texts = {tuple(backend.encode(text)): text for text in PROMPTS.values()}
+        return {"prompt": texts.get(tuple(prompt), ""), "finished": answer.finished, **asdict(row)}
 
     def guided(self) -> dict[str, Any]:
         """One prompt under every objective by both methods, and unguided: one batch, one sampler."""
         from lenvm.decoding import DEFAULT_CANDIDATES, Request, SamplingParams
-        from lenvm.guides import ValueGuide
 
-        model, scorer, generator = self._loaded
+        backend, generator = self._started
         cap = self.options.max_new_tokens
         objectives = _objectives(cap)
-        ids = encode_prompt(generator.tokenizer, STEERED_PROMPT)
-        temperature = model.config.generator.temperature
-        params = SamplingParams(temperature=temperature, top_k=DEFAULT_CANDIDATES, max_new_tokens=cap)
-        guide = ValueGuide(scorer, objectives)
+        ids = backend.encode(STEERED_PROMPT)
+        params = SamplingParams(temperature=backend.facts.temperature, top_k=DEFAULT_CANDIDATES, max_new_tokens=cap)
+        guide = backend.guide(objectives)
         # One seed for all: rows differ by their objective alone.
         requests = [Request(ids, self.options.seed) for _ in objectives]
         answers = sample(generator, requests, params, guide, "Steering answers")
@@ -156,20 +170,16 @@ class Demo:
         return {"prompt": STEERED_PROMPT, "top_k": DEFAULT_CANDIDATES, "cap": cap, "rows": rows}
 
 
-def _capped_prediction(scorer: TorchScorer, score: Any, cap: int) -> dict[str, Any]:
-    """``prediction``, every length restricted to the cap: ``mean`` is ``E[min(l, cap)] = sum_{n < cap} P(l > n)``."""
-    import numpy as np
-
-    from lenvm.distribution import survival
-
-    found = prediction(scorer, score, _LEVELS)
-    mean = None
-    if scorer.bins is not None and score.bin_logprobs is not None:
-        # Past their own cap the bins know nothing.
-        steps = np.arange(min(cap, scorer.bins.cap))
-        mean = float(survival(score.bin_logprobs[-1], scorer.bins, steps).sum())
+def _capped_prediction(found: dict[str, Any], cap: int) -> dict[str, Any]:
+    """A prediction, every length restricted to the cap: ``mean`` is ``E[min(l, cap)]``, over a grid of quantiles."""
     quantiles = {level: min(length, cap) for level, length in (found["quantiles"] or {}).items()}
-    return {"value": found["value"], "horizon": min(found["horizon"], cap), "mean": mean, "quantiles": quantiles}
+    grid = [quantiles[level_name(level)] for level in _GRID if quantiles]
+    return {
+        "value": found["value"],
+        "horizon": min(found["horizon"], cap),
+        "mean": sum(grid) / len(grid) if grid else None,
+        "quantiles": {name: quantiles[name] for name in map(level_name, _LEVELS) if quantiles},
+    }
 
 
 def _objectives(cap: int) -> list[Objective | None]:

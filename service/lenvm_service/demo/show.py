@@ -20,8 +20,8 @@ _SHOWN_TOKENS = 150
 def show_intro(console: Console, found: dict[str, Any]) -> None:
     """Who predicts, who answers."""
     console.print(
-        f"Length value model {found['model']} (gamma {found['gamma']:g}); answers by {found['backbone']} at "
-        f"temperature {found['temperature']:g}.\n"
+        f"Length value model {found['model']} (gamma {found['gamma']:g}), asked over HTTP at {found['url']}; "
+        f"answers by {found['backbone']} at temperature {found['temperature']:g}.\n"
     )
     print_warnings(found["warnings"])
 

@@ -1,0 +1,142 @@
+"""The answers of the two model routes: run the jobs, watch the caller and the clock, put the rows together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from lenvm.config import GeneratorRef
+from lenvm.errors import LenVMError
+from lenvm_service.api.errors import error_object
+from lenvm_service.api.middleware import RequestContext
+from lenvm_service.api.ports import EngineLike
+from lenvm_service.api.rows import Row
+from lenvm_service.api.schemas import GeneratorClaim, RequestOptions
+from lenvm_service.engine.jobs import Job, Reply, Result
+from lenvm_service.errors import DeadlineExceededError, InternalError
+
+__all__ = ["ask", "generator_warnings", "json_response", "model_response", "row_answers"]
+
+_DEADLINE_SLACK_S = 0.1  # the engine keeps deadlines itself; this is for one that is busy with a long batch
+
+
+def json_response(content: Any) -> Response:
+    """``content`` as JSON, written once. Numbers that JSON cannot hold become null, never NaN."""
+    return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")
+
+
+async def ask(
+    receive: Receive, engine: EngineLike, jobs: Sequence[Job], *, deadline: float | None, priority: int
+) -> Reply:
+    """What the engine answers. ``deadline``: of time.monotonic.
+
+    Raises what the engine raises, DeadlineExceededError, and ClientDisconnect when the caller goes, whose work is
+    dropped then.
+    """
+    work = asyncio.ensure_future(engine.submit(jobs, deadline=deadline, priority=priority))
+    gone = asyncio.ensure_future(_disconnected(receive))
+    timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) + _DEADLINE_SLACK_S
+    try:
+        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if work.cancelled():  # by the engine: not to be taken for a cancellation of ours
+            raise InternalError("the engine dropped the request")
+        if work.done():
+            return work.result()
+        if gone.done():
+            raise ClientDisconnect
+        raise DeadlineExceededError("the deadline passed before the answer was there: give it more time")
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def model_response(
+    request: Request, engine: EngineLike, options: RequestOptions, rows: Sequence[Row], *, name: str, flat: bool
+) -> Response:
+    """Run the jobs among ``rows``, and answer with an entry for each row under ``name``.
+
+    Raises what concerns the whole request: what ``ask`` raises, and the error of a ``flat`` row.
+    """
+    service, context = request.app.state.service, request.state.context
+    context.rows, context.model = len(rows), engine.name
+    deadline_ms = options.deadline_ms or service.settings.default_deadline_ms
+    deadline = None if deadline_ms is None else context.started + deadline_ms / 1000
+    if deadline is not None and time.monotonic() >= deadline:
+        raise DeadlineExceededError("the deadline passed while the request was read: give it more time")
+    jobs = [row for row in rows if not isinstance(row, LenVMError)]
+    results: list[Result] = []
+    if jobs:
+        reply = await ask(request.receive, engine, jobs, deadline=deadline, priority=options.priority or 0)
+        results = reply.results
+        context.queue_ms, context.inference_ms = reply.queue_ms, reply.inference_ms
+    answered = iter(results)
+    all_rows: list[Result] = [row if isinstance(row, LenVMError) else next(answered) for row in rows]
+    if flat and isinstance(all_rows[0], LenVMError):
+        raise all_rows[0]
+    return json_response(
+        {
+            **_head(engine),
+            name: row_answers(all_rows, context, "inputs"),
+            "warnings": generator_warnings(options.generator, engine),
+            "timings_ms": {"queue": context.queue_ms, "inference": context.inference_ms, "total": context.total_ms},
+        }
+    )
+
+
+def row_answers(rows: Sequence[Result], context: RequestContext, name: str) -> list[dict[str, Any]]:
+    """Rows with their index; errors in the one form that errors have."""
+    return [
+        {"index": at, "error": error_object(row, request_id=context.request_id, at=f"{name}[{at}]")}
+        if isinstance(row, LenVMError)
+        else {"index": at, **row}
+        for at, row in enumerate(rows)
+    ]
+
+
+def _head(engine: EngineLike) -> dict[str, Any]:
+    config = engine.config
+    bins = config.head.bins
+    return {
+        "model": engine.name,
+        "model_sha": engine.model_sha,
+        "gamma": config.gamma,
+        "cap": bins.cap if bins else None,
+    }
+
+
+def generator_warnings(claim: GeneratorClaim | None, engine: EngineLike) -> list[dict[str, str]]:
+    """A warning where the caller generates with another policy than the one that the model was trained for."""
+    if claim is None:
+        return []
+    own = engine.config.generator
+    problems = []
+    if claim.backbone is not None and not _same_backbone(claim.backbone, own):
+        problems.append(f"the backbone {own.backbone}")
+    for name in ("temperature", "top_p", "max_new_tokens"):
+        wanted, expected = getattr(claim, name), getattr(own, name)
+        if wanted is not None and abs(wanted - expected) > 1e-6:
+            problems.append(f"{name} {expected:g}")
+    if not problems:
+        return []
+    message = f"model {engine.name} predicts lengths of {' and '.join(problems)}; yours differs, so errors are larger"
+    return [{"code": "generator_mismatch", "message": message}]
+
+
+def _same_backbone(name: str, own: GeneratorRef) -> bool:
+    """Equal but for case; a bare name also fits a hub id or folder that ends in it."""
+    ours, theirs = own.backbone.casefold().rstrip("/"), name.casefold().rstrip("/")
+    bare = "/" not in ours or "/" not in theirs
+    return ours == theirs or (bare and ours.rpartition("/")[2] == theirs.rpartition("/")[2])

@@ -1,0 +1,149 @@
+"""Around every request: its id, its clock, the count of those in flight, the access line, and the last resort."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lenvm_service.api.errors import error_response
+from lenvm_service.api.service import Service
+from lenvm_service.errors import DrainingError
+from lenvm_service.logs import fields, request_id_var
+
+__all__ = ["CLIENT_GONE", "RequestContext", "RequestMiddleware", "accepted_request_id", "new_request_id"]
+
+access = logging.getLogger("lenvm_service.access")
+
+CLIENT_GONE = 499
+"""Logged and counted for a caller that went away; never sent."""
+_TIMED = frozenset({"/predict_length", "/score"})
+_LONGEST_ID = 128
+
+
+@dataclass
+class RequestContext:
+    """What is known of one request while it is served; ``started`` is of time.monotonic."""
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    status: int = 0
+    error_type: str = "none"
+    model: str | None = None
+    rows: int | None = None
+    queue_ms: float = 0.0
+    inference_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """Milliseconds since the request arrived."""
+        return (time.monotonic() - self.started) * 1000
+
+
+def accepted_request_id(scope: Scope) -> str:
+    """The caller's x-request-id if it is printable ASCII of at most 128 characters, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if 0 < len(text) <= _LONGEST_ID and text.isascii() and text.isprintable():
+                return text
+            break
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """An id for a request that brought none."""
+    return uuid.uuid4().hex
+
+
+class RequestMiddleware:
+    """Pure ASGI, so that disconnects and cancellation pass through. ``routes``: the paths that the app knows."""
+
+    def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]) -> None:
+        self.app = app
+        self.service = service
+        self.routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; nothing that it raises leaves here but a cancellation from outside."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        context = RequestContext(accepted_request_id(scope))
+        scope.setdefault("state", {})["context"] = context
+        route = scope["path"] if scope["path"] in self.routes else "unmatched"
+        token = request_id_var.set(context.request_id)
+        task = asyncio.current_task()
+        assert task is not None
+        self.service.requests.add(task)
+        self.service.metrics.inflight.inc()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                context.status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), *self._headers(context, route)]}
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, send_with_headers, context, task)
+        finally:
+            self.service.requests.discard(task)
+            self.service.metrics.inflight.dec()
+            self._record(scope, context, route)
+            request_id_var.reset(token)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, context: RequestContext, task: asyncio.Task[object]
+    ) -> None:
+        try:
+            await self.app(scope, receive, send)
+            return
+        except ClientDisconnect:
+            context.status, context.error_type = CLIENT_GONE, "client_gone"
+            return
+        except asyncio.CancelledError:
+            if not self.service.abandoned:
+                raise
+            task.uncancel()
+            error: Exception = DrainingError("this process shut down before the answer was there: send it again")
+        except Exception as unforeseen:
+            error = unforeseen
+        response = error_response(error, Request(scope))
+        if context.status == 0:  # else the answer has begun, and its end will be missing: the caller sees that
+            await response(scope, receive, send)
+
+    def _headers(self, context: RequestContext, route: str) -> list[tuple[bytes, bytes]]:
+        total = context.total_ms
+        timing = f"total;dur={total:.3f}"
+        headers = [(b"x-request-id", context.request_id.encode()), (b"x-total-ms", f"{total:.3f}".encode())]
+        if route in _TIMED:
+            queue, inference = f"{context.queue_ms:.3f}", f"{context.inference_ms:.3f}"
+            headers += [(b"x-queue-ms", queue.encode()), (b"x-inference-ms", inference.encode())]
+            timing = f"queue;dur={queue}, inference;dur={inference}, {timing}"
+        headers.append((b"server-timing", timing.encode()))
+        if self.service.draining:
+            headers.append((b"connection", b"close"))  # the caller's next request goes to another replica
+        return headers
+
+    def _record(self, scope: Scope, context: RequestContext, route: str) -> None:
+        seconds = context.total_ms / 1000
+        status = context.status or CLIENT_GONE  # cancelled from outside before there was an answer
+        self.service.metrics.observe_request(route, status, context.error_type, seconds)
+        access.info(
+            "request",
+            extra=fields(
+                request_id=context.request_id,
+                method=scope["method"] if scope["method"].isalpha() else "?",
+                route=route,
+                status=status,
+                error_type=context.error_type,
+                ms=round(seconds * 1000, 3),
+                **({"rows": context.rows} if context.rows is not None else {}),
+                **({"model": context.model} if context.model is not None else {}),
+            ),
+        )

@@ -1,0 +1,210 @@
+"""The routes of the contract. Each reads its own body, so that every refusal is ours; see ``openapi`` for the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import generate_latest
+from starlette.responses import PlainTextResponse, Response
+
+from lenvm import __version__
+from lenvm.errors import LenVMError
+from lenvm_service.api import responses as answer
+from lenvm_service.api import rows
+from lenvm_service.api import schemas as ask
+from lenvm_service.api.answers import json_response, model_response, row_answers
+from lenvm_service.api.body import parse_object, read_body
+from lenvm_service.api.errors import RequestError
+from lenvm_service.api.openapi import documented
+from lenvm_service.api.service import Service
+from lenvm_service.engine.jobs import Result
+from lenvm_service.errors import DrainingError, NotReadyError, PayloadTooLargeError
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+_REFUSAL_S = 1.0  # for the rest of a body that is not wanted
+
+
+@router.post(
+    "/predict_length",
+    **documented(
+        "Predict how many tokens are still to come",
+        answer.PredictResponse,
+        errors=(400, 404, 413, 422, 429, 500, 503, 504),
+    ),
+)
+async def predict_length(request: Request) -> Response:
+    """One prediction for each prefix: at the prompt boundary, or in mid-generation. Lengths are remaining tokens, the
+    end-of-sequence token included. A bad row gets its own error; its neighbours are answered."""
+    service, body = await _admitted(request)
+    limits = service.settings
+    call = await service.offload(len(body), lambda: rows.read_predict(body, limits.max_batch_rows))
+    engine = service.engine(call.options.model)
+    jobs = await service.offload(len(body), lambda: rows.predict_jobs(call, engine.tokenizer))
+    return await model_response(request, engine, call.options, jobs, name="predictions", flat=call.flat)
+
+
+@router.post(
+    "/score",
+    **documented(
+        "Score a text token by token, or candidates for the next token",
+        answer.ScoreResponse,
+        errors=(400, 404, 413, 422, 429, 500, 503, 504),
+    ),
+)
+async def score(request: Request) -> Response:
+    """Rows with `completion` get the value at each of its tokens; rows with `candidates` get a value and, with an
+    objective, a log-weight for each. Both kinds may stand in one request."""
+    service, body = await _admitted(request)
+    limits = service.settings
+    call = await service.offload(len(body), lambda: rows.read_score(body, limits.max_batch_rows))
+    engine = service.engine(call.options.model)
+    jobs = await service.offload(len(body), lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates))
+    return await model_response(request, engine, call.options, jobs, name="scores", flat=call.flat)
+
+
+@router.post(
+    "/tokenize",
+    **documented(
+        "Encode a prompt or messages",
+        answer.TokenizeResponse,
+        errors=(400, 404, 413, 422, 500, 503),
+    ),
+)
+async def tokenize(request: Request) -> Response:
+    """Ids up to where the answer begins, the chat template applied: what the other routes would make of the text."""
+    service, body = await _admitted(request)
+    wanted = await service.offload(len(body), lambda: rows.check(ask.TokenizeRequest, parse_object(body)))
+    engine = service.engine(wanted.model)
+    ids = await service.offload(len(body), lambda: rows.encode_text(wanted, engine.tokenizer))
+    request.state.context.model = engine.name
+    return json_response({"model": engine.name, "token_ids": ids})
+
+
+@router.post(
+    "/detokenize",
+    **documented(
+        "Decode token ids",
+        answer.DetokenizeResponse,
+        errors=(400, 404, 413, 422, 500, 503),
+    ),
+)
+async def detokenize(request: Request) -> Response:
+    """Text of token ids, special tokens kept."""
+    service, body = await _admitted(request)
+    wanted = await service.offload(len(body), lambda: rows.check(ask.DetokenizeRequest, parse_object(body)))
+    engine = service.engine(wanted.model)
+    size = engine.vocab_size
+    bad = next((at for at, token in enumerate(wanted.token_ids) if token >= size), None)
+    if bad is not None:
+        problem = f"token id {wanted.token_ids[bad]} is out of range: the vocabulary has {size} ids"
+        raise RequestError(problem, reason="token_out_of_range", param=f"token_ids[{bad}]")
+    text = await service.offload(len(body), lambda: engine.tokenizer.decode(wanted.token_ids))
+    request.state.context.model = engine.name
+    return json_response({"model": engine.name, "text": text})
+
+
+@router.post(
+    "/feedback",
+    **documented(
+        "Tell how long answers really became",
+        answer.FeedbackResponse,
+        errors=(400, 404, 413, 422, 500, 503),
+    ),
+)
+async def feedback(request: Request) -> Response:
+    """Realised lengths, for the calibration metrics. `length` says that an answer was cut: it is censored."""
+    service, body = await _admitted(request)
+    call = await service.offload(len(body), lambda: rows.read_feedback(body, service.settings.max_batch_rows))
+    engine = service.engine(call.options.model)
+    items = await service.offload(len(body), lambda: rows.feedback_items(call))
+    results: list[Result] = []
+    for item in items:
+        if isinstance(item, LenVMError):
+            results.append(item)
+            continue
+        try:
+            engine.feedback(item.prediction_id, item.token_ids, item.generated_tokens, item.finish_reason)
+            results.append({"accepted": True})
+        except LenVMError as error:
+            results.append(error)
+    context = request.state.context
+    context.rows, context.model = len(results), engine.name
+    accepted = sum(isinstance(result, dict) for result in results)
+    return json_response({"accepted": accepted, "results": row_answers(results, context, "items")})
+
+
+@router.get("/v1/models", **documented("The models that requests may name", answer.ModelsResponse, errors=(500,)))
+async def models(request: Request) -> Response:
+    """In the form of OpenAI's list."""
+    service = _service(request)
+    entries = [
+        {"id": name, "object": "model", "created": service.created, "owned_by": "lenvm"} for name in service.engines
+    ]
+    return json_response({"object": "list", "data": entries})
+
+
+@router.get("/info", **documented("Release, models and limits", answer.InfoResponse, errors=(500,)))
+async def info(request: Request) -> Response:
+    """What each model is, for which generator it is valid, and what is refused as too large."""
+    service = _service(request)
+    limits = ("max_body_bytes", "max_batch_rows", "max_candidates", "max_queue_tokens")
+    return json_response(
+        {
+            "version": __version__,
+            "models": [engine.describe() for engine in service.engines.values()],
+            "limits": {name: getattr(service.settings, name) for name in limits},
+        }
+    )
+
+
+@router.get("/health/live", **documented("Is the process sound?", answer.LiveResponse, errors=(500, 503)))
+async def live(request: Request) -> Response:
+    """503 when an engine is dead or stuck: only a restart helps."""
+    for engine in _service(request).engines.values():
+        if not engine.alive:
+            raise NotReadyError(f"the engine of model {engine.name} does not respond: restart the process")
+    return json_response({"status": "live"})
+
+
+@router.get("/health/ready", **documented("Does it take work?", answer.ReadyResponse, errors=(500, 503)))
+async def ready(request: Request) -> Response:
+    """503 while a model loads or its engine is being checked after a failure, and while the process shuts down."""
+    service = _service(request)
+    if service.draining:
+        raise DrainingError("this process is shutting down")
+    states = {name: engine.state for name, engine in service.engines.items()}
+    waiting = [f"{name} is {states[name]}" for name, engine in service.engines.items() if not engine.ready]
+    if waiting:
+        raise NotReadyError(f"not ready yet: {', '.join(waiting)}")
+    return json_response({"status": "ready", "models": states})
+
+
+@router.get("/metrics", **documented("Prometheus metrics", None, errors=(500,)), response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """In Prometheus' text format."""
+    text = generate_latest(_service(request).metrics.registry)
+    return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def _service(request: Request) -> Service:
+    service: Any = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+async def _admitted(request: Request) -> tuple[Service, bytes]:
+    """The service and the whole body, where new work is taken."""
+    service = _service(request)
+    if service.draining:
+        # The connection is closed after the answer: with bytes unread, the caller would see a reset instead of it.
+        with contextlib.suppress(PayloadTooLargeError, TimeoutError):
+            async with asyncio.timeout(_REFUSAL_S):
+                await read_body(request, service.settings.max_body_bytes)
+    service.admit()
+    return service, await read_body(request, service.settings.max_body_bytes)

@@ -1,0 +1,202 @@
+"""From a JSON object to jobs of the engine, one row at a time: a bad row becomes its own error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from lenvm.backbones import encode_chat
+from lenvm.errors import InvalidRequestError, LenVMError
+from lenvm_service.api.body import parse_object
+from lenvm_service.api.errors import RequestError, invalid
+from lenvm_service.api.schemas import (
+    CandidateInput,
+    FeedbackItem,
+    FeedbackOptions,
+    ModelChoice,
+    PredictInput,
+    PredictOptions,
+    PrefixSource,
+    ScoreOptions,
+    TextSource,
+    TokenInput,
+    TokenizeRequest,
+)
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.errors import InternalError, PayloadTooLargeError
+
+__all__ = [
+    "Call",
+    "Row",
+    "check",
+    "encode_text",
+    "feedback_items",
+    "predict_jobs",
+    "read_feedback",
+    "read_predict",
+    "read_score",
+    "score_jobs",
+]
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=ModelChoice)
+ModelT = TypeVar("ModelT", bound=BaseModel)
+Row: TypeAlias = Job | LenVMError
+_PREDICT_FIELDS = frozenset(PredictInput.model_fields)
+_SCORE_FIELDS = frozenset(TokenInput.model_fields) | frozenset(CandidateInput.model_fields)
+
+
+class _RowTooLargeError(PayloadTooLargeError):
+    param = "candidates"  # the one field of a row that has a limit of its own
+
+
+@dataclass(frozen=True)
+class Call(Generic[OptionsT]):
+    """A request body, its options checked and its rows not yet. ``flat``: one row that stood without ``inputs``."""
+
+    options: OptionsT
+    rows: list[Any]
+    flat: bool
+
+
+def check(model: type[ModelT], value: Any) -> ModelT:
+    """``value`` as ``model``. Raises RequestError for the first problem."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def read_predict(body: bytes, max_rows: int) -> Call[PredictOptions]:
+    """The body of /predict_length. Raises RequestError, and PayloadTooLargeError for too many rows."""
+    return _read(body, PredictOptions, "inputs", _PREDICT_FIELDS, max_rows)
+
+
+def read_score(body: bytes, max_rows: int) -> Call[ScoreOptions]:
+    """The body of /score. Raises RequestError, and PayloadTooLargeError for too many rows."""
+    return _read(body, ScoreOptions, "inputs", _SCORE_FIELDS, max_rows)
+
+
+def read_feedback(body: bytes, max_rows: int) -> Call[FeedbackOptions]:
+    """The body of /feedback. Raises RequestError, and PayloadTooLargeError for too many items."""
+    return _read(body, FeedbackOptions, "items", frozenset(), max_rows)
+
+
+def _read(body: bytes, options: type[OptionsT], name: str, row_fields: frozenset[str], max_rows: int) -> Call[OptionsT]:
+    given = parse_object(body)
+    rows = given.pop(name, None)
+    flat = {field: given.pop(field) for field in list(given) if field in row_fields}
+    flat_given = any(value is not None for value in flat.values())
+    checked = check(options, given)
+    if rows is None:
+        if not flat_given:
+            raise RequestError(f"{name} is missing: send a list with at least one row", reason="missing", param=name)
+        return Call(checked, [flat], flat=True)
+    if flat_given:
+        field = next(field for field, value in flat.items() if value is not None)
+        raise RequestError(
+            f"{field} belongs inside the rows of {name}: move it there", reason="inputs_and_flat", param=field
+        )
+    if not isinstance(rows, list) or not rows:
+        reason = "too_short" if isinstance(rows, list) else "list_type"
+        raise RequestError(f"{name} must be a list with at least one row", reason=reason, param=name)
+    if len(rows) > max_rows:
+        raise PayloadTooLargeError(f"{name} has {len(rows)} rows, {max_rows} are allowed: split the request")
+    return Call(checked, rows, flat=False)
+
+
+def predict_jobs(call: Call[PredictOptions], tokenizer: Any) -> list[Row]:
+    """A job or an error for each row of /predict_length."""
+    options = call.options
+    levels = tuple(dict.fromkeys(PredictJob.quantiles if options.quantiles is None else options.quantiles))
+
+    def job(row: Any) -> Job:
+        found = check(PredictInput, row)
+        return PredictJob(
+            _prefix(found, tokenizer),
+            quantiles=levels,
+            max_tokens=options.max_tokens,
+            generated=found.generated or 0,
+        )
+
+    return [_guarded(job, row) for row in call.rows]
+
+
+def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int) -> list[Row]:
+    """A job or an error for each row of /score. ``candidates`` tells the two kinds apart."""
+
+    def job(row: Any) -> Job:
+        if isinstance(row, Mapping):
+            # Null is "not given", also for a field of the other kind of row.
+            row = {name: value for name, value in row.items() if value is not None or name not in _SCORE_FIELDS}
+            if "candidates" in row:
+                return _candidate_job(row, tokenizer, max_candidates)
+        return _token_job(check(TokenInput, row), tokenizer)
+
+    return [_guarded(job, row) for row in call.rows]
+
+
+def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int) -> Job:
+    ids = row["candidates"]
+    if isinstance(ids, list) and len(ids) > max_candidates:
+        raise _RowTooLargeError(f"{len(ids)} candidates, {max_candidates} are allowed: send the likeliest ones")
+    found = check(CandidateInput, row)
+    return CandidateJob(
+        _prefix(found, tokenizer),
+        candidates=found.candidates,
+        generated=found.generated or 0,
+        objective=found.objective,
+        logprobs=found.logprobs,
+        eos_ids=tuple(found.eos_ids or ()),
+    )
+
+
+def _token_job(row: TokenInput, tokenizer: Any) -> Job:
+    if row.completion is not None:
+        ids = [int(token) for token in tokenizer.encode(row.completion, add_special_tokens=False)]
+    else:
+        ids = list(row.completion_ids or ())
+    if not ids and not row.eos:
+        param = "completion" if row.completion is not None else "completion_ids"
+        raise InvalidRequestError("the completion is empty: send some of it, or eos true", param=param)
+    return TokenScoreJob(encode_text(row, tokenizer), ids, eos=bool(row.eos))
+
+
+def _prefix(row: PrefixSource, tokenizer: Any) -> Prefix:
+    if row.session is not None:
+        return Prefix(row.append or (), session=row.session)
+    return Prefix(encode_text(row, tokenizer))
+
+
+def encode_text(row: TextSource | TokenizeRequest, tokenizer: Any) -> list[int]:
+    """Ids of a row's text. Raises InvalidRequestError for an empty or malformed one."""
+    ids = getattr(row, "token_ids", None)
+    if ids is not None:
+        return list(ids)
+    if row.messages is not None:
+        return encode_chat(tokenizer, [message.model_dump() for message in row.messages])
+    return encode_chat(tokenizer, row.prompt or "")
+
+
+def feedback_items(call: Call[FeedbackOptions]) -> list[FeedbackItem | LenVMError]:
+    """Each item, or its error."""
+    return [_guarded(lambda item: check(FeedbackItem, item), item) for item in call.rows]
+
+
+T = TypeVar("T")
+
+
+def _guarded(make: Callable[[Any], T], row: Any) -> T | LenVMError:
+    """``make(row)``, or the error that the row gets instead. What nobody foresaw fails this row alone, too."""
+    try:
+        return make(row)
+    except LenVMError as error:
+        return error
+    except Exception:
+        logger.exception("a row could not be read")
+        return InternalError("a row could not be read")

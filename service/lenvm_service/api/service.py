@@ -1,0 +1,68 @@
+"""What all requests share: the engines, the limits, whether the process is draining, and who is being served."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+
+from lenvm_service.api.ports import EngineLike, MetricsLike
+from lenvm_service.errors import DrainingError, ModelNotFoundError, NotReadyError
+from lenvm_service.settings import Settings
+
+__all__ = ["Service"]
+
+T = TypeVar("T")
+_INLINE_BYTES = 16 * 1024  # of a body: parsing and encoding it take about a millisecond
+_WITHOUT_MODEL = frozenset({"loading", "failed", "stopped"})
+_RETRY_S = 2.0
+
+
+class Service:
+    """The process as its requests see it. ``requests`` are the tasks that serve one each; the loop's thread only."""
+
+    def __init__(self, engines: Mapping[str, EngineLike], settings: Settings, metrics: MetricsLike) -> None:
+        self.engines = dict(engines)
+        self.settings = settings
+        self.metrics = metrics
+        self.created = int(time.time())
+        self.draining = False
+        self.abandoned = False
+        self.requests: set[asyncio.Task[object]] = set()
+        self._workers = anyio.CapacityLimiter(2)  # threads that parse and encode: more would only share the cores
+
+    def admit(self) -> None:
+        """Raise DrainingError where the process takes no new work."""
+        if self.draining:
+            raise DrainingError("this process is shutting down: send the request again, to another replica")
+
+    def engine(self, name: str | None) -> EngineLike:
+        """The engine of that name (None: the first one), if it has a model.
+
+        While it recovers from a failure, work may wait for it. Raises ModelNotFoundError or NotReadyError.
+        """
+        if name is None:
+            engine = next(iter(self.engines.values()), None)
+        else:
+            engine = self.engines.get(name)
+        if engine is None:
+            raise ModelNotFoundError(f"there is no such model here: use one of {', '.join(self.engines) or 'none'}")
+        if engine.state in _WITHOUT_MODEL or not engine.alive:
+            raise NotReadyError(f"model {engine.name} takes no work now: try again", retry_after_s=_RETRY_S)
+        return engine
+
+    def abandon(self) -> None:
+        """End every request that is still being served; its caller gets ``draining``."""
+        self.abandoned = True
+        for task in list(self.requests):
+            task.cancel()
+
+    async def offload(self, size: int, work: Callable[[], T]) -> T:
+        """``work()``; in a worker thread where the body has ``size`` bytes that would keep the event loop busy."""
+        if size <= _INLINE_BYTES:
+            return work()
+        return await anyio.to_thread.run_sync(work, limiter=self._workers)

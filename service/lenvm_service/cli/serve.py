@@ -1,0 +1,109 @@
+"""``lenvm serve``: the HTTP service."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from typing import Annotated, Any
+
+import typer
+
+from lenvm._extras import require
+from lenvm.errors import InvalidRequestError
+from lenvm_service.cli._options import DEFAULT_MODEL
+from lenvm_service.cli._session import need
+
+__all__ = ["command"]
+
+
+def command(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8000")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[ALIAS=]NAME|DIR",
+            help="Length value model: a shipped checkpoint or a folder. Repeat it to serve several; the first one is "
+            "the default of requests. LENVM_MODEL takes a list with commas.",
+            show_default=DEFAULT_MODEL,
+        ),
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="torch.", show_default="torch")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="New tokens a batch.", show_default="4096, 16384 on a GPU")
+    ] = None,
+    batch_wait_ms: Annotated[
+        float | None, typer.Option(help="How long a batch is held open for others.", show_default="2")
+    ] = None,
+    max_queue_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that may wait; more is refused (429).", show_default="262144")
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of prefix states held.", show_default="a quarter of the memory")
+    ] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default="2097152")] = None,
+    max_batch_rows: Annotated[int | None, typer.Option(help="Rows a request.", show_default="512")] = None,
+    max_candidates: Annotated[int | None, typer.Option(help="Candidates a row.", show_default="1024")] = None,
+    default_deadline_ms: Annotated[
+        float | None, typer.Option(help="Deadline of requests that name none.", show_default="none")
+    ] = None,
+    drain_grace_s: Annotated[
+        float | None,
+        typer.Option(help="How long at least 'draining' is shown after SIGTERM or SIGINT.", show_default="0.5"),
+    ] = None,
+    drain_timeout_s: Annotated[
+        float | None, typer.Option(help="How long requests in flight may take after it.", show_default="30")
+    ] = None,
+    stall_s: Annotated[
+        float | None,
+        typer.Option(help="An engine without a heartbeat for so long is not alive.", show_default="60"),
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="console or json.", show_default="console")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+    secret: Annotated[
+        str | None,
+        typer.Option(
+            help="Key of session handles, for replicas that resume each other's. Better set as LENVM_SECRET: other "
+            "users of the machine can read arguments.",
+            show_default="a fresh one",
+        ),
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="Shared prefix states; with a later release.", show_default="none")
+    ] = None,
+) -> None:
+    """Serve predictions and scores over HTTP.
+
+    Every option is also an environment variable: --batch-tokens is LENVM_BATCH_TOKENS. Options win.
+
+    One line on stdout says when all models are ready. SIGTERM or Ctrl-C drains: new work is refused, work in flight is
+    answered, then the process ends with status 0. A second one ends it at once.
+    """
+    require("serve", "fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
+    need("serve")
+    from lenvm_service.server import serve
+    from lenvm_service.settings import load_settings
+
+    # An option that may be repeated is an empty list where it was not given.
+    flags: dict[str, Any] = {name: value for name, value in context.params.items() if value not in (None, [], ())}
+    try:
+        settings = load_settings(**flags)
+    except InvalidRequestError as error:
+        raise typer.BadParameter(str(error)) from None
+    status = serve(settings)
+    _leave_busy_engines(status)
+    raise typer.Exit(status)
+
+
+def _leave_busy_engines(status: int) -> None:
+    """End the process here where an engine is still loading, or stuck: it cannot be told to stop, and an interpreter
+    that is taken down under a thread inside torch may crash, which would spoil the exit status."""
+    if any(thread.name.startswith("lenvm-") and thread.is_alive() for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)

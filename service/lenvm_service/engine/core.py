@@ -1,0 +1,400 @@
+"""From jobs to answers with one model: sessions, one scorer call, and the numbers of the wire contract. No threads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lenvm.config import LenVMConfig
+from lenvm.errors import InvalidRequestError, LenVMError, PoolExhaustedError
+from lenvm.guidance import Objective, check_objective, log_weights, resolve_scale
+from lenvm.returns import horizon_from_logit, value_from_logit
+from lenvm.scoring import RowScore, ScoreRow, TorchScorer
+from lenvm_service.answers import prediction_fields, token_score_fields
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Result, TokenScoreJob
+from lenvm_service.engine.sessions import Chain, SessionStore
+from lenvm_service.errors import OverloadedError, PrefixUnknownError
+
+__all__ = ["BatchCounts", "EngineCore", "model_sha"]
+
+
+def model_sha(config: LenVMConfig) -> str:
+    """SHA-256 that changes whenever an answer may: weights of head and adapter, backbone, tokenizer, gamma, bins."""
+    parts = [*sorted(config.files.values()), config.backbone.sha256, config.backbone.tokenizer_sha256]
+    parts += [repr(config.gamma), repr(config.lora_scale), repr(config.head)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass
+class BatchCounts:
+    """What one ``run`` did, for the metrics."""
+
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    promoted_tokens: int = 0
+    forwards: int = 0
+    guided: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))  # (kind, method) -> rows
+
+
+@dataclass
+class _Work:
+    """A job on its way through a run."""
+
+    job: Job
+    row: ScoreRow
+    prefix_tokens: int
+    chain: Chain | None = None  # of the whole prefix; None: nothing is kept of it
+    terminal: list[bool] = field(default_factory=list)  # which candidates end the answer
+    score: RowScore | None = None
+
+
+class EngineCore:
+    """Answers jobs with one scorer. Not thread-safe: the engine's thread owns it.
+
+    Args:
+        config: of the model; its digest is part of every session handle.
+        tokenizer: used to show tokens.
+        eos_ids: ids that end an answer.
+        secret: key of the session handles, 16 to 64 bytes.
+    """
+
+    def __init__(
+        self,
+        config: LenVMConfig,
+        tokenizer: Any,
+        scorer: TorchScorer,
+        *,
+        eos_ids: Sequence[int],
+        secret: bytes,
+        sessions: SessionStore | None = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.scorer = scorer
+        self.eos_ids = frozenset(eos_ids)
+        self.eos_id = next(iter(eos_ids))
+        self.sha = model_sha(config)
+        self.sessions = SessionStore() if sessions is None else sessions
+        self.counts = BatchCounts()
+        self._root = Chain.root(secret, self.sha)
+
+    def handle_of(self, token_ids: Sequence[int]) -> str:
+        """The session handle that a prefix has, whether or not it is held. Thread-safe."""
+        return self._root.extend(token_ids).handle
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
+        """Answer all jobs, aligned, in one scorer call where the pool allows. A bad job gets its error and no other.
+
+        Raises only what is nobody's fault but ours; nothing is half done then.
+        """
+        self.counts = BatchCounts()
+        before = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
+        results: list[Result | None] = [None] * len(jobs)
+        works: dict[int, _Work] = {}
+        for at, job in enumerate(jobs):
+            try:
+                works[at] = self._prepare(job)
+            except LenVMError as error:
+                results[at] = error
+        for at, failure in self._score(works).items():
+            results[at] = failure
+            del works[at]
+        self._answer(works, results)
+        after = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
+        counts = self.counts
+        counts.computed_tokens, counts.promoted_tokens, counts.forwards = (
+            b - a for a, b in zip(before, after, strict=True)
+        )
+        return [result for result in results if result is not None]
+
+    # -- from jobs to rows ---------------------------------------------------------------------------------------------
+
+    def _prepare(self, job: Job) -> _Work:
+        """Resolve the session, check everything that concerns this job alone. Raises a typed error for the row."""
+        if isinstance(job, TokenScoreJob):
+            return self._prepare_tokens(job)
+        work = self._prefix(job)
+        if isinstance(job, CandidateJob):
+            self._check_candidates(job)
+            terminal = self.eos_ids.union(job.eos_ids)
+            work.terminal = [token in terminal for token in job.candidates]
+            scored = [token for token, ends in zip(job.candidates, work.terminal, strict=True) if not ends]
+            work.row = ScoreRow(work.row.state, work.row.append, scored)
+        self.scorer.check(work.row)
+        return work
+
+    def _prepare_tokens(self, job: TokenScoreJob) -> _Work:
+        completion = list(job.completion_ids)
+        ends = [at for at, token in enumerate(completion) if token in self.eos_ids]
+        if ends and ends[0] != len(completion) - 1:
+            raise InvalidRequestError(
+                "the end-of-sequence token stands inside the completion: nothing may follow it", param="completion_ids"
+            )
+        if not completion and not job.eos:
+            raise InvalidRequestError("the completion is empty: give at least one token, or eos", param="completion")
+        if not job.prompt_ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token", param="token_ids")
+        content = completion[: ends[0]] if ends else completion
+        row = ScoreRow(append=[*job.prompt_ids, *content], values_from=len(job.prompt_ids) - 1)
+        self.scorer.check(row)
+        return _Work(job, row, len(job.prompt_ids))
+
+    def _prefix(self, job: PredictJob | CandidateJob) -> _Work:
+        prefix: Prefix = job.prefix
+        ids = prefix.token_ids
+        if len(ids) and (min(ids) < 0 or max(ids) >= self.scorer.vocab_size):  # before they go into the digest
+            name = "token_ids" if prefix.session is None else "append"
+            raise InvalidRequestError(f"{name} must be in [0, {self.scorer.vocab_size})", param=name)
+        if prefix.session is None:
+            if not len(ids):
+                raise InvalidRequestError("the prompt is empty: give at least one token", param="token_ids")
+            chain = self._root.extend(ids)
+            state, append = None, ids
+        else:
+            session = self.sessions.get(prefix.session)
+            if session is None:
+                raise PrefixUnknownError("this session is not held here: send the whole prefix", param="session")
+            chain, state, append = session.chain.extend(ids), session.state, ids
+        same = self.sessions.get(chain.handle)
+        if same is not None:  # asked before, perhaps by way of another chain: only candidates are left to compute
+            state, append = same.state, ()
+        length = (state.length if state is not None else 0) + len(append)
+        if job.generated < 0 or job.generated > length:
+            raise InvalidRequestError(
+                f"generated must be from 0 to the prefix's {length} tokens, not {job.generated}", param="generated"
+            )
+        return _Work(job, ScoreRow(state, append), length, chain)
+
+    def _check_candidates(self, job: CandidateJob) -> None:
+        if not len(job.candidates):
+            raise InvalidRequestError("candidates is empty: give at least one token id", param="candidates")
+        if min(job.candidates) < 0 or max(job.candidates) >= self.scorer.vocab_size:
+            raise InvalidRequestError(f"candidates must be in [0, {self.scorer.vocab_size})", param="candidates")
+        if len(set(job.candidates)) != len(job.candidates):
+            raise InvalidRequestError("candidates holds a token twice: give each once", param="candidates")
+        if job.logprobs is not None:
+            if len(job.logprobs) != len(job.candidates):
+                raise InvalidRequestError(
+                    f"logprobs must have one entry for each of the {len(job.candidates)} candidates, "
+                    f"not {len(job.logprobs)}",
+                    param="logprobs",
+                )
+            if not np.isfinite(job.logprobs).all():
+                raise InvalidRequestError("logprobs must be finite: leave impossible candidates out", param="logprobs")
+        objective = job.objective
+        if objective is None:
+            return
+        if objective.kind == "scale":
+            if self.scorer.bins is None:
+                raise InvalidRequestError(
+                    "objective.kind scale needs a model with a length distribution (num_bins > 0)",
+                    param="objective.kind",
+                )
+            if job.generated:
+                raise InvalidRequestError(
+                    "objective.kind scale is resolved at the prompt boundary: send the tilt that the first step gave",
+                    param="objective.kind",
+                )
+            return
+        try:
+            check_objective(
+                objective, bins=self.scorer.bins, gamma=self.scorer.gamma, has_logprobs=job.logprobs is not None
+            )
+        except InvalidRequestError as error:
+            param = error.param if error.param in (None, "logprobs") else f"objective.{error.param}"
+            raise InvalidRequestError(str(error), param=param) from None
+
+    # -- the scorer ----------------------------------------------------------------------------------------------------
+
+    def _score(self, works: dict[int, _Work]) -> dict[int, LenVMError]:
+        """Score all rows; rows for which the pool has no room, even alone and with no session left, get an error."""
+        failed: dict[int, LenVMError] = {}
+        self._make_room(works.values())
+        groups = [list(works)]
+        while groups:
+            group = groups.pop()
+            if not group:
+                continue
+            try:
+                scores = self.scorer.score([works[at].row for at in group])
+            except PoolExhaustedError:
+                if len(group) > 1:
+                    groups += [group[len(group) // 2 :], group[: len(group) // 2]]
+                    continue
+                failed[group[0]] = OverloadedError("the pool of prefix states is full: try again", retry_after_s=1.0)
+                continue
+            for at, score in zip(group, scores, strict=True):
+                works[at].score = score
+        return failed
+
+    def _make_room(self, works: Any) -> None:
+        """Let old sessions go until the pool can take all rows (each may need one block more, for copy-on-write)."""
+        pool = self.scorer.pool
+        needed = sum(pool.blocks_for(len(work.row.append)) + 1 for work in works)
+        while pool.free_blocks < needed and self.sessions.evict():
+            pass
+
+    # -- from scores to answers ----------------------------------------------------------------------------------------
+
+    def _answer(self, works: dict[int, _Work], results: list[Result | None]) -> None:
+        kinds: dict[type, list[int]] = defaultdict(list)
+        for at, work in works.items():
+            assert work.score is not None
+            if not (np.isfinite(work.score.logits).all() and np.isfinite(work.score.candidate_logits).all()):
+                raise ArithmeticError("the model gave values that are not finite")  # whatever these are, no answers
+            kinds[type(work.job)].append(at)
+            if work.chain is not None:
+                self.counts.cached_tokens += work.score.cached_tokens
+        for kind, answer in _ANSWERS:
+            if kinds[kind]:
+                found = answer(self, [works[at] for at in kinds[kind]])
+                for at, result in zip(kinds[kind], found, strict=True):
+                    results[at] = result
+        for work in works.values():
+            assert work.score is not None
+            if work.chain is None:
+                work.score.state.close()
+            else:
+                self.sessions.put(work.chain, work.score.state)
+
+    def _predictions(self, works: list[_Work]) -> list[Result]:
+        found: list[Result] = [{} for _ in works]
+        by_levels: dict[tuple[float, ...], list[int]] = defaultdict(list)
+        for at, work in enumerate(works):
+            assert isinstance(work.job, PredictJob)
+            by_levels[tuple(work.job.quantiles)].append(at)
+        for levels, group in by_levels.items():
+            scores = [works[at].score for at in group]
+            has_bins = self.scorer.bins is not None
+            rows = prediction_fields(
+                [score.logits[-1] for score in scores if score],
+                np.stack([score.bin_logprobs[-1] for score in scores if score and score.bin_logprobs is not None])
+                if has_bins
+                else None,
+                bins=self.scorer.bins,
+                gamma=self.scorer.gamma,
+                quantiles=levels,
+                max_tokens=[_tokens_left(works[at].job) for at in group],
+            )
+            for at, row in zip(group, rows, strict=True):
+                work, score = works[at], works[at].score
+                assert score is not None
+                assert work.chain is not None
+                found[at] = {
+                    "prompt_tokens": work.prefix_tokens,
+                    "cached_tokens": score.cached_tokens,
+                    **row,
+                    "session": work.chain.handle,
+                    "prediction_id": work.chain.handle,
+                }
+        return found
+
+    def _token_scores(self, works: list[_Work]) -> list[Result]:
+        found: list[Result] = []
+        for work in works:
+            job, score = work.job, work.score
+            assert isinstance(job, TokenScoreJob)
+            assert score is not None
+            ids = list(job.completion_ids)
+            ends = bool(ids) and ids[-1] in self.eos_ids
+            fields = token_score_fields(
+                score.logits,
+                ids[:-1] if ends else ids,
+                self.tokenizer,
+                gamma=self.scorer.gamma,
+                eos_id=ids[-1] if ends else self.eos_id if job.eos else None,
+            )
+            found.append({"prompt_tokens": work.prefix_tokens, **fields})
+        return found
+
+    def _candidate_scores(self, works: list[_Work]) -> list[Result]:
+        """All rows side by side, padded with NaN, which guidance reads as candidates that cannot be."""
+        bins = self.scorer.bins
+        width = max(len(work.terminal) for work in works)
+        logits = np.full((len(works), width), np.nan)
+        bin_logprobs = None if bins is None else np.full((*logits.shape, bins.size), np.nan)
+        terminal = np.zeros(logits.shape, dtype=np.bool_)
+        logprobs = np.full(logits.shape, -np.inf)
+        objectives: list[Objective | None] = []
+        errors: dict[int, LenVMError] = {}
+        for at, work in enumerate(works):
+            job, score = work.job, work.score
+            assert isinstance(job, CandidateJob)
+            assert score is not None
+            ends = np.asarray(work.terminal)
+            places = np.flatnonzero(~ends)
+            terminal[at, : len(ends)] = ends
+            logits[at, places] = score.candidate_logits
+            if bin_logprobs is not None and score.candidate_bin_logprobs is not None:
+                bin_logprobs[at, places] = score.candidate_bin_logprobs
+            if job.logprobs is not None:
+                logprobs[at, : len(ends)] = job.logprobs
+            objective = job.objective
+            if objective is not None and objective.kind == "scale":
+                try:
+                    assert bins is not None
+                    assert score.bin_logprobs is not None
+                    objective = resolve_scale(objective, score.bin_logprobs[-1], bins)
+                except InvalidRequestError as error:
+                    errors[at] = InvalidRequestError(str(error), param=f"objective.{error.param}")
+                    objective = None
+            objectives.append(objective)
+            if objective is not None:
+                self.counts.guided[objective.kind, objective.method] += 1
+        weights = log_weights(
+            objectives,
+            logits,
+            bin_logprobs,
+            terminal,
+            np.array([work.job.generated for work in works if isinstance(work.job, CandidateJob)]),
+            logprobs,
+            bins=bins,
+            gamma=self.scorer.gamma,
+        )
+        scored = np.isfinite(logits)
+        known = np.where(scored, logits, 0.0)
+        values = np.where(scored, value_from_logit(known), 0.0)
+        horizons = np.where(scored, horizon_from_logit(known, self.scorer.gamma), 0.0)
+        return [
+            errors.get(at) or self._candidate_row(work, objectives[at], values[at], horizons[at], weights[at])
+            for at, work in enumerate(works)
+        ]
+
+    def _candidate_row(
+        self, work: _Work, objective: Objective | None, values: Any, horizons: Any, weights: Any
+    ) -> dict[str, Any]:
+        assert isinstance(work.job, CandidateJob)
+        assert work.score is not None
+        assert work.chain is not None
+        count, logit = len(work.terminal), float(work.score.logits[-1])
+        was_scale = work.job.objective is not None and work.job.objective.kind == "scale"
+        return {
+            "prefix_tokens": work.prefix_tokens,
+            "cached_tokens": work.score.cached_tokens,
+            "value": value_from_logit(logit),
+            "horizon": horizon_from_logit(logit, self.scorer.gamma),
+            "values": values[:count].tolist(),
+            "horizons": horizons[:count].tolist(),
+            "log_weights": None if objective is None else weights[:count].tolist(),
+            "session": work.chain.handle,
+            "objective": objective.to_dict() if was_scale and objective is not None else None,
+        }
+
+
+_ANSWERS: tuple[tuple[type, Callable[[EngineCore, list[_Work]], list[Result]]], ...] = (
+    (PredictJob, EngineCore._predictions),
+    (TokenScoreJob, EngineCore._token_scores),
+    (CandidateJob, EngineCore._candidate_scores),
+)
+
+
+def _tokens_left(job: Job) -> int | None:
+    """What ``max_tokens`` leaves after what was generated."""
+    if not isinstance(job, PredictJob) or job.max_tokens is None:
+        return None
+    return max(0, job.max_tokens - job.generated)

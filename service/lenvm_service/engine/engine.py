@@ -1,0 +1,361 @@
+"""One model with its thread: load, warm up, batch, check after a failure, and remember predictions for feedback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lenvm.config import LenVMConfig
+from lenvm.errors import InvalidRequestError
+from lenvm.guidance import Objective
+from lenvm.modeling import LengthValueModel
+from lenvm.paged import PoolShape
+from lenvm.scoring import TorchScorer
+from lenvm_service.engine.batching import Batcher, BatcherOptions, Cost
+from lenvm_service.engine.core import EngineCore
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Reply, Result, TokenScoreJob
+from lenvm_service.errors import PrefixUnknownError
+from lenvm_service.metrics import EngineMetrics
+
+if TYPE_CHECKING:
+    from lenvm_service.metrics import Metrics
+    from lenvm_service.settings import Settings
+
+__all__ = ["Engine", "EngineOptions", "default_cache_tokens", "load_core"]
+
+logger = logging.getLogger(__name__)
+
+_KINDS: dict[type, str] = {PredictJob: "predict", TokenScoreJob: "tokens", CandidateJob: "candidates"}
+_PREDICTIONS_KEPT = 65_536
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Where and how large.
+
+    ``batch_tokens``: new tokens a batch (None: 4,096 on the CPU, 16,384 on a GPU). ``cache_tokens``: tokens of prefix
+    states held (None: what a quarter of the memory holds). ``secret``: key of the session handles (None: a fresh one).
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_tokens: int | None = None
+    batch_wait_s: float = 0.002
+    max_queue_tokens: int = 262_144
+    cache_tokens: int | None = None
+    stall_s: float = 60.0
+    secret: bytes | None = None
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    generated: int
+    horizon: float
+    quantiles: dict[str, int]
+
+
+def default_cache_tokens(model: LengthValueModel) -> int:
+    """Tokens of keys and values that a quarter of the free memory holds, 256k at most on the CPU."""
+    token_bytes = PoolShape.of(model.decoder.config).token_bytes(model.dtype)
+    if model.device.type == "cuda":
+        return max(model.context, torch.cuda.mem_get_info(model.device)[0] // 4 // token_bytes)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(2 * model.context, min(1 << 18, free // 4 // token_bytes))
+
+
+def load_core(source: str | Path, options: EngineOptions) -> tuple[EngineCore, LengthValueModel]:
+    """A checkpoint, loaded for serving. Raises ArtifactError or BackboneError."""
+    model = LengthValueModel.from_pretrained(
+        source, device=options.device, dtype=getattr(torch, options.dtype), backbone=None
+    )
+    scorer = TorchScorer(model, pool_tokens=options.cache_tokens or default_cache_tokens(model))
+    secret = options.secret or os.urandom(32)
+    eos_ids = eos_ids_of(model)
+    return EngineCore(model.config, model.tokenizer, scorer, eos_ids=eos_ids, secret=secret), model
+
+
+def eos_ids_of(model: LengthValueModel) -> tuple[int, ...]:
+    """Ids that end an answer, as the backbone's generation config names them; the first is the one that is shown."""
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(model.backbone_dir).eos_token_id
+    except OSError:
+        configured = None
+    ids = configured if isinstance(configured, list) else [configured]
+    found = [int(token) for token in ids if token is not None]
+    return tuple(found or [int(model.tokenizer.eos_token_id)])
+
+
+class Engine:
+    """One model, one thread. Make one with :meth:`load`, then :meth:`start` it; ``submit`` from any event loop.
+
+    Args:
+        name: what requests call it.
+        source: a checkpoint folder or the name of a shipped one.
+    """
+
+    def __init__(
+        self, name: str, source: str | Path, options: EngineOptions, metrics: EngineMetrics | None = None
+    ) -> None:
+        self.name = name
+        self.source = source
+        self.options = options
+        self._metrics = metrics
+        self._core: EngineCore | None = None
+        self._model: LengthValueModel | None = None
+        self._predicted: OrderedDict[str, _Predicted] = OrderedDict()
+        self._lock = threading.Lock()
+        self.loaded_at = 0.0
+        tokens = options.batch_tokens or (16_384 if options.device.startswith("cuda") else 4_096)
+        self.batcher = Batcher(
+            self._run,
+            self._cost,
+            options=BatcherOptions(
+                budget_tokens=tokens,
+                wait_s=options.batch_wait_s,
+                max_queue_tokens=options.max_queue_tokens,
+                stall_s=options.stall_s,
+            ),
+            prepare=self._load,
+            check=self._check,
+            observer=metrics,
+            name=name,
+        )
+
+    @classmethod
+    def load(cls, name: str, source: str | Path, settings: Settings, metrics: Metrics) -> Engine:
+        """An engine that is not started yet, from the service's settings."""
+        secret = settings.secret.get_secret_value().encode() if settings.secret else None
+        options = EngineOptions(
+            device=settings.device,
+            dtype=settings.dtype,
+            batch_tokens=settings.batch_tokens,
+            batch_wait_s=settings.batch_wait_ms / 1000,
+            max_queue_tokens=settings.max_queue_tokens,
+            cache_tokens=settings.cache_tokens,
+            stall_s=settings.stall_s,
+            secret=secret,
+        )
+        return cls(name, source, options, metrics.engine(name))
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the model on the engine's thread; ``state`` tells how far it is."""
+        self.batcher.start()
+
+    def close(self) -> None:
+        """End the thread after the batch in hand."""
+        self.batcher.close()
+
+    @property
+    def state(self) -> str:
+        """loading, ready, recovering, failed or stopped."""
+        return self.batcher.state
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why loading failed."""
+        return self.batcher.failure
+
+    @property
+    def ready(self) -> bool:
+        """Takes work."""
+        return self.batcher.ready
+
+    @property
+    def alive(self) -> bool:
+        """False when only a restart of the process can help."""
+        return self.batcher.alive
+
+    @property
+    def core(self) -> EngineCore:
+        """What the thread works with; only valid once loaded."""
+        assert self._core is not None
+        return self._core
+
+    @property
+    def config(self) -> LenVMConfig:
+        """The checkpoint's configuration."""
+        return self.core.config
+
+    @property
+    def model_sha(self) -> str:
+        """Digest of everything that an answer depends on."""
+        return self.core.sha
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's tokenizer."""
+        return self.core.tokenizer
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return tuple(sorted(self.core.eos_ids))
+
+    @property
+    def context(self) -> int:
+        """Longest prefix in tokens."""
+        return self.core.scorer.context
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are in ``[0, vocab_size)``."""
+        return self.core.scorer.vocab_size
+
+    def describe(self) -> dict[str, Any]:
+        """The model's entry of ``/info``; what is only known after loading is left out before."""
+        found: dict[str, Any] = {"name": self.name, "state": self.state, "device": self.options.device}
+        found["dtype"] = self.options.dtype
+        if self._core is None:
+            return found
+        config, bins = self.config, self.core.scorer.bins
+        generator = config.generator
+        return {
+            **found,
+            "model_sha": self.model_sha,
+            "backbone": config.backbone.name,
+            "backbone_sha256": config.backbone.sha256,
+            "tokenizer_sha256": config.backbone.tokenizer_sha256,
+            "gamma": config.gamma,
+            "num_bins": config.head.num_bins,
+            "cap": bins.cap if bins else None,
+            "generator": {
+                "backbone": generator.backbone,
+                "temperature": generator.temperature,
+                "top_p": generator.top_p,
+                "max_new_tokens": generator.max_new_tokens,
+            },
+            "eos_ids": list(self.eos_ids),
+            "stop_ids": [],
+            "context": self.context,
+            "vocab_size": self.vocab_size,
+        }
+
+    # -- work ----------------------------------------------------------------------------------------------------------
+
+    async def submit(self, jobs: Sequence[Job], *, deadline: float | None = None, priority: int = 0) -> Reply:
+        """Answer a request's jobs; see :meth:`Batcher.submit`."""
+        reply = await self.batcher.submit(jobs, deadline=deadline, priority=priority)
+        for job, result in zip(jobs, reply.results, strict=True):
+            if isinstance(job, PredictJob) and isinstance(result, dict):
+                self._remember(result, job.generated)
+        return reply
+
+    def feedback(
+        self, prediction_id: str | None, token_ids: Sequence[int] | None, generated_tokens: int, finish_reason: str
+    ) -> None:
+        """Compare an answer's realised length (content tokens, all of them) with what was predicted for it.
+
+        Raises:
+            PrefixUnknownError: no prediction of that id, or for that prefix, is remembered.
+            InvalidRequestError: the answer is shorter than what was generated when the prediction was made.
+        """
+        if prediction_id is None:
+            ids = list(token_ids or ())
+            if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise InvalidRequestError(f"token_ids must be in [0, {self.vocab_size})", param="token_ids")
+            prediction_id = self.core.handle_of(ids)
+        with self._lock:
+            predicted = self._predicted.get(prediction_id)
+        if predicted is None:
+            raise PrefixUnknownError("no prediction for this prefix is remembered here", param="prediction_id")
+        came = generated_tokens - predicted.generated
+        if came < 0:
+            raise InvalidRequestError(
+                f"generated_tokens must count the whole answer: {predicted.generated} were there at the prediction",
+                param="generated_tokens",
+            )
+        cut = finish_reason == "length"
+        if self._metrics is not None and not (cut and came == 0):
+            self._metrics.realised(
+                came if cut else came + 1,
+                cut=cut,
+                horizon=predicted.horizon,
+                levels=[float(level) for level in predicted.quantiles],
+                quantiles=list(predicted.quantiles.values()),
+            )
+
+    def _remember(self, row: dict[str, Any], generated: int) -> None:
+        predicted = _Predicted(generated, row["horizon"], row["quantiles"] or {})
+        with self._lock:
+            self._predicted[row["prediction_id"]] = predicted
+            self._predicted.move_to_end(row["prediction_id"])
+            while len(self._predicted) > _PREDICTIONS_KEPT:
+                self._predicted.popitem(last=False)
+
+    # -- on the engine's thread ----------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        since = time.monotonic()
+        self._core, self._model = load_core(self.source, self.options)
+        self._canary()
+        self.loaded_at = time.time()
+        logger.info("model %s is ready after %.1f s", self.name, time.monotonic() - since)
+
+    def _run(self, jobs: Sequence[Job]) -> list[Result]:
+        core = self.core
+        results = core.run(jobs)
+        if self._metrics is not None:
+            for job, result in zip(jobs, results, strict=True):
+                outcome = "ok" if isinstance(result, dict) else result.code
+                self._metrics.row(_KINDS[type(job)], outcome)
+            self._note_work(core)
+        return results
+
+    def _note_work(self, core: EngineCore) -> None:
+        if self._metrics is not None:
+            pool, sessions = core.scorer.pool, core.sessions
+            self._metrics.work(
+                core.counts,
+                sessions=len(sessions),
+                evicted=sessions.evicted,
+                used=pool.used_blocks,
+                free=pool.free_blocks,
+            )
+
+    def _check(self, attempt: int) -> None:
+        """Is the engine sound? Sessions survive a failure if so; a second try starts with an empty pool."""
+        if attempt:
+            assert self._model is not None
+            core = self.core
+            core.sessions.clear()
+            core.scorer = TorchScorer(
+                self._model, pool_tokens=core.scorer.pool.max_blocks * core.scorer.pool.block_size
+            )
+        self._canary()
+
+    def _canary(self) -> None:
+        """One forward of each kind; what it gives must be numbers. Leaves no session behind."""
+        core = self.core
+        token = next(token for token in range(core.scorer.vocab_size) if token not in core.eos_ids)
+        objective = Objective(kind="at_most", target=8) if core.scorer.bins else None
+        candidates = CandidateJob(Prefix([token] * 3), [token, core.eos_id], objective=objective)
+        jobs: list[Job] = [candidates, TokenScoreJob([token], [token], eos=True)]
+        probe = EngineCore(core.config, core.tokenizer, core.scorer, eos_ids=[core.eos_id], secret=bytes(16))
+        for result in probe.run(jobs):
+            if not isinstance(result, dict):
+                raise result
+            if not all(value == value for value in result["values"]):  # NaN differs from itself
+                raise ArithmeticError("the model gives NaN: the checkpoint or the device is damaged")
+
+    def _cost(self, job: Job) -> Cost:
+        if isinstance(job, TokenScoreJob):
+            tokens, held = len(job.prompt_ids) + len(job.completion_ids), 0
+        else:
+            # How long a session's prefix is, only the thread knows; the context bounds it.
+            held = self.context // 4 if job.prefix.session is not None else 0
+            tokens = len(job.prefix.token_ids) + (len(job.candidates) if isinstance(job, CandidateJob) else 0)
+        wide = 1 << max(0, tokens - 1).bit_length()  # rows of like width are padded to the widest of them
+        return Cost(max(1, tokens), wide * (wide + held))

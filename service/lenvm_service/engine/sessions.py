@@ -1,0 +1,122 @@
+"""Sessions: immutable handles on prefixes whose states the scorer holds.
+
+A handle is a keyed digest of the model and the prefix's tokens, however they arrived: the same prefix has the same
+handle, a repeated call gives the same answer, and nobody can make a handle for a prefix that they have not sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Chain", "Session", "SessionStore"]
+
+_DIGEST_BYTES = 16
+_PREFIX = "s-"
+
+
+class Chain:
+    """A digest over a prefix that can be carried on: ``extend`` costs only the tokens that it adds."""
+
+    __slots__ = ("_hash", "handle")
+
+    def __init__(self, hash_: Any) -> None:
+        self._hash = hash_
+        self.handle: str = _PREFIX + hash_.hexdigest()
+
+    @classmethod
+    def root(cls, secret: bytes, model_sha: str) -> Chain:
+        """The empty prefix under one model. ``secret``: at most 64 bytes; replicas that share it share handles."""
+        return cls(hashlib.blake2b(model_sha.encode(), digest_size=_DIGEST_BYTES, key=secret))
+
+    def extend(self, token_ids: Sequence[int]) -> Chain:
+        """The chain of this prefix and ``token_ids`` after it."""
+        if not len(token_ids):
+            return self
+        carried = self._hash.copy()
+        carried.update(struct.pack(f"<{len(token_ids)}q", *token_ids))
+        return Chain(carried)
+
+
+@dataclass
+class Session:
+    """What a handle stands for: a state of the scorer and the chain that its children go on from."""
+
+    state: Any
+    chain: Chain
+
+    @property
+    def held_candidates(self) -> int:
+        """Candidates whose keys and values the state still keeps for promotion."""
+        return len(self.state.scored.ids) if self.state.scored is not None else 0
+
+
+class SessionStore:
+    """Least recently used sessions go first. Owned by the engine's thread, as the scorer's states are.
+
+    Args:
+        max_sessions: handles kept.
+        max_candidates: candidates kept for promotion, over all sessions; older sessions lose theirs, which costs a
+            token of computation when they are continued and nothing else.
+    """
+
+    def __init__(self, *, max_sessions: int = 65_536, max_candidates: int = 8_192) -> None:
+        self.max_sessions = max_sessions
+        self.max_candidates = max_candidates
+        self.evicted = 0
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._holding: OrderedDict[str, int] = OrderedDict()  # those with candidates, oldest first
+        self._held = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, handle: str) -> Session | None:
+        """The session, which is now the most recently used one."""
+        session = self._sessions.get(handle)
+        if session is not None:
+            self._sessions.move_to_end(handle)
+        return session
+
+    def put(self, chain: Chain, state: Any) -> str:
+        """Keep ``state`` under the chain's handle, instead of an older state of the same prefix."""
+        older = self._sessions.pop(chain.handle, None)
+        if older is not None:
+            if older.held_candidates and state.scored is None:
+                state = older.state  # a prediction in between must not cost the next step its promotion
+            self._forget_candidates(chain.handle)
+        session = self._sessions[chain.handle] = Session(state, chain)
+        if session.held_candidates:
+            self._holding[chain.handle] = session.held_candidates
+            self._held += session.held_candidates
+        while self._held > self.max_candidates and len(self._holding) > 1:
+            oldest = next(iter(self._holding))
+            self._forget_candidates(oldest)
+            self._sessions[oldest].state.scored = None
+        while len(self._sessions) > self.max_sessions:
+            self.evict()
+        return chain.handle
+
+    def evict(self) -> bool:
+        """Let go of the session that was used longest ago; False where there is none.
+
+        The state is dropped, not closed: a batch that is using it keeps its blocks until it is done.
+        """
+        if not self._sessions:
+            return False
+        handle, _ = self._sessions.popitem(last=False)
+        self._forget_candidates(handle)
+        self.evicted += 1
+        return True
+
+    def clear(self) -> None:
+        """Let go of every session."""
+        while self.evict():
+            pass
+
+    def _forget_candidates(self, handle: str) -> None:
+        self._held -= self._holding.pop(handle, 0)

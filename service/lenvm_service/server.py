@@ -1,0 +1,301 @@
+"""``lenvm serve``: bind, load in the background, answer, and drain when told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import h11
+import uvicorn
+from pydantic_core import to_json
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lenvm.errors import ArtifactError, InvalidRequestError, LenVMError
+from lenvm_service.logs import configure_logging, fields
+from lenvm_service.settings import Settings, model_spec
+
+if TYPE_CHECKING:
+    from lenvm_service.api.ports import EngineLike
+    from lenvm_service.api.service import Service
+    from lenvm_service.metrics import Metrics
+
+__all__ = ["Drain", "EngineLoader", "HttpProtocol", "Server", "bind", "find_models", "serve"]
+
+logger = logging.getLogger(__name__)
+
+EngineLoader: TypeAlias = "Callable[[str, Path, Settings, Metrics], EngineLike]"
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 65  # longer than the minute that load balancers keep idle connections, so that they close first
+_HEADER_BYTES = 64 * 1024
+_LINGER_S = 0.3  # after the last listener is closed: connections that were just accepted still get their answer
+_ABANDON_S = 2  # for requests that were told to end, to do so
+
+
+class Drain:
+    """From the first signal to the end. ``grace_s``: how long at least ``draining`` is shown, so that load balancers
+    see it; ``timeout_s``: how long requests in flight may take."""
+
+    def __init__(self, grace_s: float, timeout_s: float) -> None:
+        self.grace_s = grace_s
+        self.timeout_s = max(timeout_s, grace_s)
+        self.since: float | None = None
+        self._at_once = False
+
+    def signal(self, now: float) -> None:
+        """A signal came; the second one means at once. ``now``: of time.monotonic."""
+        if self.since is None:
+            self.since = now
+        else:
+            self._at_once = True
+
+    def finished(self, now: float, in_flight: int) -> bool:
+        """The process may end: nothing is in flight any more and the grace is over, or it is overdue."""
+        if self.since is None:
+            return False
+        return self.overdue(now) or (in_flight == 0 and now - self.since >= self.grace_s)
+
+    def overdue(self, now: float) -> bool:
+        """Requests still in flight must end now."""
+        return self.since is not None and (self._at_once or now - self.since >= self.timeout_s)
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with the one error body for what is no HTTP at all."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP request, and close."""
+        from lenvm_service.api.errors import RequestError, error_object
+        from lenvm_service.api.middleware import new_request_id
+
+        request_id = new_request_id()
+        error = RequestError("this is no valid HTTP request", reason="http_invalid")
+        body = to_json({"error": error_object(error, request_id=request_id)})
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("x-request-id", request_id),
+            ("connection", "close"),
+        ]
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun: closing is all that is left
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Clients that offer HTTP/2 (h2c) are answered in HTTP/1.1; that is no news."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our signals: the first one drains, the second one ends at once, and both exit with status 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, url: str) -> None:
+        super().__init__(config)
+        self.service = service
+        self.url = url
+        self.drain = Drain(service.settings.drain_grace_s, service.settings.drain_timeout_s)
+        self.failure: str | None = None
+        self._loaded: set[str] = set()
+        self._announced = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal. Not recorded as uvicorn does, which would raise it again at the end and spoil the exit status."""
+        self.drain.signal(time.monotonic())
+        self.service.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: has a model loaded or failed, has the drain come to its end?"""
+        self._watch_loading()
+        now = time.monotonic()
+        if self.drain.finished(now, len(self.service.requests)):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _watch_loading(self) -> None:
+        for name, engine in self.service.engines.items():
+            if engine.ready:
+                self._loaded.add(name)
+            elif engine.state == "failed" and name not in self._loaded and self.failure is None:
+                # Later failures are for the liveness probe to tell: who restarts us decides.
+                self.failure = f"model {name} cannot be loaded: {_reason(engine.failure)}"
+                self.service.draining = self.should_exit = True
+        if not self._announced and not self.service.draining and len(self._loaded) == len(self.service.engines):
+            self._announced = True
+            with contextlib.suppress(OSError):  # nobody reads our stdout: that is no reason to stop
+                print(f"lenvm is ready at {self.url} (models: {', '.join(self.service.engines)})", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listeners, answer what was accepted before that, and only then cut connections."""
+        logger.info("shutting down", extra=fields(in_flight=len(self.service.requests)))
+        await self._close_listeners(sockets or [])
+        overdue = self.drain.overdue(time.monotonic())
+        if not overdue and self.failure is None:
+            end = time.monotonic() + _LINGER_S
+            while time.monotonic() < end or (self.service.requests and not self.drain.overdue(time.monotonic())):
+                await asyncio.sleep(0.02)
+        if self.service.requests:
+            logger.warning("requests cut short", extra=fields(requests=len(self.service.requests)))
+            self.service.abandon()
+        await super().shutdown(sockets)
+
+    async def _close_listeners(self, sockets: list[socket.socket]) -> None:
+        """Take in what the kernel has accepted already, which closing would reset, and close at once after it."""
+        taken: list[socket.socket] = []
+        for listener in sockets:
+            with contextlib.suppress(OSError):  # BlockingIOError: nothing waits any more
+                while True:
+                    taken.append(listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in taken:
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):  # gone again
+                await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = kind(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
+
+def _reason(failure: Exception | None) -> str:
+    if isinstance(failure, LenVMError):
+        return str(failure)
+    return "the log has the cause" if failure is None else f"{type(failure).__name__}: {failure}"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises InvalidRequestError where that cannot be: port in use, no such address, not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise InvalidRequestError(f"unknown host {host!r}: give an address of this machine", param="host") from None
+    # With the protocol named: asyncio switches Nagle's algorithm off only where it sees TCP, and 40 ms hang on that.
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait for old connections
+        made.bind(address)
+        made.listen(_BACKLOG)
+        made.setblocking(False)
+    except OSError as error:
+        made.close()
+        if error.errno == errno.EADDRINUSE:
+            problem = f"port {port} on {host} is in use: choose another with --port, or 0 for any free one"
+        else:
+            problem = f"cannot listen on {host} port {port} ({error.strerror}): choose another --host or --port"
+        raise InvalidRequestError(problem, param="port") from None
+    return made
+
+
+def find_models(specs: list[str]) -> dict[str, Path]:
+    """Name in requests -> checkpoint folder, the default model first. Nothing is loaded yet.
+
+    Raises ArtifactError for a folder that is missing or is no checkpoint, and for two models of one name.
+    """
+    from lenvm.config import LenVMConfig
+    from lenvm.modeling import find_checkpoint
+
+    found: dict[str, Path] = {}
+    for text in specs:
+        alias, source = model_spec(text)
+        folder = find_checkpoint(source)
+        name = alias or LenVMConfig.load(folder).name
+        if name in found:
+            raise ArtifactError(f"two models are called {name}: give one an alias, --model ALIAS={source}")
+        found[name] = folder
+    return found
+
+
+def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
+    """Serve until a signal; the exit status. ``load`` makes an engine that is not started (default: the real one).
+
+    What keeps it from starting is one line on stderr and status 1.
+    """
+    from lenvm_service.cli._output import one_line, print_error
+
+    configure_logging(settings.log_format, settings.log_level)
+    # The port first: importing torch and looking at models takes seconds, and a taken port is known at once.
+    try:
+        with bind(settings.host, settings.port) as listener:
+            failure = _serve(settings, listener, load)
+    except LenVMError as error:
+        failure = str(error)
+    if failure is not None:
+        print_error(one_line(failure))
+        return 1
+    return 0
+
+
+def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
+    folders = find_models(settings.model)
+    from lenvm_service.api import create_app
+    from lenvm_service.metrics import Metrics
+
+    if load is None:
+        from lenvm_service.engine import Engine
+
+        load = Engine.load
+        _quiet_transformers()
+    metrics = Metrics()
+    engines = {name: load(name, folder, settings, metrics) for name, folder in folders.items()}
+    app = create_app(engines, settings, metrics)
+    config = uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_ABANDON_S,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+    )
+    url = _url(settings.host, listener)
+    server = Server(config, app.state.service, url)
+    logger.info("listening; models load in the background", extra=fields(url=url, models=",".join(engines)))
+    try:
+        for engine in engines.values():
+            engine.start()
+        server.run(sockets=[listener])
+    finally:
+        _close(engines)
+    logger.info("stopped")
+    return server.failure
+
+
+def _quiet_transformers() -> None:
+    """Its errors through our log; its warnings (a prompt longer than the context) we answer ourselves."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_default_handler()
+    theirs.enable_propagation()
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def _close(engines: Mapping[str, EngineLike]) -> None:
+    """End the engines; one that is still loading cannot be told to stop, and its thread must not hold us up."""
+    for engine in engines.values():
+        if engine.state != "loading":
+            engine.close()
