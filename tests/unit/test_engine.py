@@ -1,0 +1,193 @@
+"""The engine with its thread on a tiny model: loading, recovery, feedback, and what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lenvm.errors import ArtifactError, InvalidRequestError
+from lenvm.guidance import Objective
+from lenvm_service.engine import CandidateJob, Engine, EngineOptions, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.errors import InternalError, PrefixUnknownError
+from lenvm_service.metrics import Metrics
+
+EOS = 2
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def engine(tiny_checkpoint: Path, metrics: Metrics) -> Iterator[Engine]:
+    engine = Engine("tiny", tiny_checkpoint, EngineOptions(secret=b"k" * 16), metrics.engine("tiny"))
+    engine.start()
+    until(lambda: engine.state != "loading")
+    assert engine.failure is None
+    yield engine
+    engine.close()
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float:
+    value = metrics.registry.get_sample_value(name, {"model": "tiny", **labels})
+    return 0.0 if value is None else value
+
+
+def test_loading_warms_up_and_leaves_nothing_behind(engine: Engine, metrics: Metrics) -> None:
+    assert engine.ready
+    assert engine.alive
+    assert engine.core.scorer.stats.forwards > 0
+    assert engine.core.scorer.pool.used_blocks == 0
+    assert sample(metrics, "lenvm_engine_ready") == 1
+    found = engine.describe()
+    assert found["eos_ids"] == [EOS]
+    assert (found["vocab_size"], found["context"], found["cap"]) == (128, 512, 64)
+    assert len(found["model_sha"]) == 64
+
+
+def test_what_is_known_before_loading(tiny_checkpoint: Path) -> None:
+    assert Engine("tiny", tiny_checkpoint, EngineOptions()).describe() == {
+        "name": "tiny",
+        "state": "loading",
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+def test_a_missing_checkpoint_is_a_typed_failure(tmp_path: Path) -> None:
+    engine = Engine("none", tmp_path / "none", EngineOptions())
+    engine.start()
+    until(lambda: engine.state == "failed")
+    assert isinstance(engine.failure, ArtifactError)
+    engine.close()
+
+
+def test_a_batch_of_all_kinds(engine: Engine, metrics: Metrics) -> None:
+    jobs = [
+        PredictJob(Prefix([9, 6, 7])),
+        TokenScoreJob([5, 6], [7, 8]),
+        CandidateJob(Prefix([5, 6]), [7, EOS], objective=Objective(kind="at_most", target=4)),
+        PredictJob(Prefix([500])),
+    ]
+    reply = asyncio.run(engine.submit(jobs))
+    assert [isinstance(result, dict) for result in reply.results] == [True, True, True, False]
+    assert sample(metrics, "lenvm_rows_total", kind="predict", outcome="ok") == 1
+    assert sample(metrics, "lenvm_rows_total", kind="predict", outcome="invalid_request") == 1
+    assert sample(metrics, "lenvm_guidance_rows_total", objective="at_most", method="posterior") == 1
+    assert sample(metrics, "lenvm_forwards_total") == 1
+    assert sample(metrics, "lenvm_tokens_total", source="computed") == 3 + 4 + 3
+    assert sample(metrics, "lenvm_batch_rows_sum") == 4
+    assert sample(metrics, "lenvm_sessions") == 2
+    asyncio.run(engine.submit([CandidateJob(Prefix([7], reply.results[2]["session"]), [9], 1)]))  # type: ignore[index]
+    assert sample(metrics, "lenvm_tokens_total", source="promoted") == 1
+    assert sample(metrics, "lenvm_tokens_total", source="cached") == 2
+    used = sample(metrics, "lenvm_cache_blocks", state="used")
+    assert used == engine.core.scorer.pool.used_blocks > 0
+
+
+def test_a_raising_engine_fails_its_callers_checks_itself_and_goes_on(
+    engine: Engine, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = asyncio.run(engine.submit([PredictJob(Prefix([5, 6, 7]))])).results[0]
+    score, gate = engine.core.scorer.score, threading.Event()
+    broken = [RuntimeError("CUDA error: secret")]
+
+    def raising(rows: Any) -> Any:
+        if broken:
+            raise broken.pop()
+        assert gate.wait(10)  # the check after the failure
+        return score(rows)
+
+    monkeypatch.setattr(engine.core.scorer, "score", raising)
+    with pytest.raises(InternalError) as caught:
+        asyncio.run(asyncio.wait_for(engine.submit([PredictJob(Prefix([8]))]), 1.0))
+    assert "secret" not in str(caught.value)
+    assert not engine.ready
+    assert sample(metrics, "lenvm_engine_ready") == 0
+    assert sample(metrics, "lenvm_engine_failures_total") == 1
+    gate.set()
+    until(lambda: engine.ready)
+    again = asyncio.run(engine.submit([PredictJob(Prefix((), kept["session"]))])).results[0]  # type: ignore[index]
+    assert again["cached_tokens"] == 3  # type: ignore[index]
+
+
+def test_an_engine_that_fails_its_check_starts_afresh(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = asyncio.run(engine.submit([PredictJob(Prefix([5, 6, 7]))])).results[0]
+    old = engine.core.scorer
+    monkeypatch.setattr(old, "score", lambda rows: 1 / 0)
+    with pytest.raises(InternalError):
+        asyncio.run(engine.submit([PredictJob(Prefix([8]))]))
+    until(lambda: engine.ready)
+    assert engine.core.scorer is not old
+    (result,) = asyncio.run(engine.submit([PredictJob(Prefix((), kept["session"]))])).results  # type: ignore[index]
+    assert isinstance(result, PrefixUnknownError)
+    assert isinstance(asyncio.run(engine.submit([PredictJob(Prefix([8]))])).results[0], dict)
+
+
+def test_nan_is_a_failure_and_never_an_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = engine.core.scorer.model.head
+    forward, broken = head.forward, [True]
+
+    def damaged(hidden: Any) -> Any:
+        out = forward(hidden)
+        if broken:
+            broken.clear()
+            out.logits.fill_(float("nan"))
+        return out
+
+    monkeypatch.setattr(head, "forward", damaged)
+    with pytest.raises(InternalError):
+        asyncio.run(engine.submit([CandidateJob(Prefix([5]), [6, 7])]))
+    until(lambda: engine.ready)
+
+
+def test_feedback_counts_coverage(engine: Engine, metrics: Metrics) -> None:
+    reply = asyncio.run(engine.submit([PredictJob(Prefix([5, 6, 7]), quantiles=[0.5, 0.9, 0.3], generated=1)]))
+    row = reply.results[0]
+    assert isinstance(row, dict)
+    median, high = row["quantiles"]["0.5"], row["quantiles"]["0.9"]
+    assert 1 < median <= high
+
+    def covered(quantile: str, outcome: str) -> float:
+        return sample(metrics, "lenvm_feedback_quantile_total", quantile=quantile, outcome=outcome)
+
+    # l = median exactly: one of the tokens was there before the prediction, and EOS counts.
+    engine.feedback(row["prediction_id"], None, median, "stop")
+    assert (covered("0.5", "within"), covered("0.5", "beyond"), covered("0.9", "within")) == (1, 0, 1)
+    engine.feedback(None, [5, 6, 7], median + 1, "stop")
+    assert covered("0.5", "beyond") == 1
+    engine.feedback(row["prediction_id"], None, 1 + median, "length")  # l > median is certain now
+    assert covered("0.5", "beyond") == 2
+    before = covered("0.5", "within"), covered("0.5", "beyond")
+    engine.feedback(row["prediction_id"], None, 2, "length")  # it may have ended on either side
+    assert (covered("0.5", "within"), covered("0.5", "beyond")) == before
+    assert covered("0.3", "within") == 0  # not one of the quantiles that are counted
+    assert sample(metrics, "lenvm_feedback_total", finish_reason="length") == 2
+    assert sample(metrics, "lenvm_feedback_relative_error_count") == 2
+
+
+def test_wrong_feedback(engine: Engine) -> None:
+    reply = asyncio.run(engine.submit([PredictJob(Prefix([5, 6, 7]), generated=2)]))
+    known = reply.results[0]["prediction_id"]  # type: ignore[index]
+    with pytest.raises(PrefixUnknownError):
+        engine.feedback("s-nope", None, 3, "stop")
+    with pytest.raises(PrefixUnknownError):
+        engine.feedback(None, [5, 6], 3, "stop")
+    with pytest.raises(InvalidRequestError, match="whole answer"):
+        engine.feedback(known, None, 1, "stop")
+    with pytest.raises(InvalidRequestError, match="token_ids"):
+        engine.feedback(None, [500], 3, "stop")
