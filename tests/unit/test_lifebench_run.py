@@ -13,7 +13,17 @@ from lenvm.decoding import Generation, Request, SamplingParams
 from lenvm.errors import DataError, InvalidRequestError
 from lenvm.evaluation import run_lifebench as module
 from lenvm.evaluation.lifebench import KINDS, Kind, Task, build_prompt
-from lenvm.evaluation.lifebench_gates import FREE, GRIDS, GateRule, RuleScore, best_rule, gate_guide, matched_rule
+from lenvm.evaluation.lifebench_gates import (
+    FREE,
+    GRIDS,
+    GateRule,
+    Mix,
+    RuleScore,
+    best_rule,
+    front,
+    gate_guide,
+    mix_at_cost,
+)
 from lenvm.evaluation.lifebench_work import Job, WorkFile
 from lenvm.evaluation.run_lifebench import MODES, LifebenchSettings, pool_tokens, run_lifebench
 from lenvm.rollouts.sampling import stream_seed
@@ -58,21 +68,33 @@ def test_grids_are_rules_that_a_gate_takes(kind: Kind) -> None:
     assert all(rule.stop is None or rule.stop >= (1.0 if kind == "at_most" else 1.05) for rule in grid)
 
 
-def test_the_best_rule_and_the_best_that_the_budget_pays_for() -> None:
-    def scored(slack: float, ls: float, cost: float) -> RuleScore:
-        return RuleScore(GateRule(slack, 0.1, None), ls, cost)
+def scored(slack: float, ls: float, cost: float) -> RuleScore:
+    return RuleScore(GateRule(slack, 0.1, None), ls, cost)
 
-    table = [scored(0.1, 90, 20), scored(0.2, 90, 15), scored(0.3, 70, 5), scored(0.4, 60, 1), RuleScore(FREE, 30, 0)]
+
+def test_the_best_rule_and_the_front() -> None:
+    table = [scored(0.1, 90, 20), scored(0.2, 90, 15), scored(0.3, 70, 5), scored(0.4, 60, 7), RuleScore(FREE, 30, 0)]
     assert best_rule(table) is table[1]
-    assert matched_rule(table, 100) is table[1]
-    assert matched_rule(table, 14.9) is table[2]
-    assert matched_rule(table, 5.0) is table[2]
-    assert matched_rule(table, 4.9) is table[3]
-    assert matched_rule(table, -0.3) is table[4]
-    with pytest.raises(InvalidRequestError, match="add a softer rule"):
-        matched_rule(table[:3], 1.0)
+    assert front(table) == [table[4].rule, table[2].rule, table[1].rule]  # what another beats in both is left out
+    many = [scored(at / 100, at, at) for at in range(50)]
+    thinned = front(many, 6)
+    assert len(thinned) == 6
+    assert (thinned[0], thinned[-1]) == (many[0].rule, many[-1].rule)
     with pytest.raises(InvalidRequestError, match="empty"):
         best_rule([])
+
+
+def test_a_gate_at_exactly_a_text_cost() -> None:
+    scores = [RuleScore(FREE, 30, 0), scored(0.3, 70, 5), scored(0.2, 90, 15)]
+    assert mix_at_cost(scores, 10) == Mix(1, 2, 0.5)
+    assert mix_at_cost(scores, 5) == Mix(1, 1, 0.0)
+    assert mix_at_cost(scores, 2) == Mix(0, 1, 0.4)
+    assert mix_at_cost(scores, 100) == Mix(2, 2, 0.0)
+    assert mix_at_cost(scores, -0.3) == Mix(0, 0, 0.0)
+    # A rule under the line between its neighbours is passed over.
+    assert mix_at_cost([*scores, scored(0.4, 71, 9)], 9) == Mix(1, 2, 0.4)
+    with pytest.raises(InvalidRequestError, match="add a softer rule"):
+        mix_at_cost(scores[1:], 1.0)
 
 
 def test_a_whole_run(run: Any) -> None:
@@ -93,17 +115,23 @@ def test_a_whole_run(run: Any) -> None:
     tuning = metrics["tuning"]
     assert tuning["tasks"] == 2
     assert {kind: len(table) for kind, table in tuning["gates"].items()} == {k: len(v) for k, v in SMALL.items()}
-    # The gate that is compared at equal text cost was never over its budget on the tuning tasks.
     for kind in KINDS:
-        rule, budget = metrics["eos_gate_matched"][kind]["rule"], tuning["posterior"][kind]["kl_per_sequence"]
-        (chosen,) = (row for row in tuning["gates"][kind] if all(row[name] == value for name, value in rule.items()))
-        assert chosen["kl_per_sequence"] <= max(0.0, budget) + 1e-9
         (best,) = (
             row
             for row in tuning["gates"][kind]
             if all(row[name] == value for name, value in metrics["eos_gate"][kind]["rule"].items())
         )
         assert best["ls"] == max(row["ls"] for row in tuning["gates"][kind])
+        on_test = metrics["gate_front"][kind]
+        # The front ends with the gate that is in the table, on the same answers.
+        assert on_test["rules"][-1]["ls"] == pytest.approx(metrics["eos_gate"][kind]["ls"])
+        equal = on_test["equal_cost"]
+        cost = metrics["posterior"][kind]["kl_per_sequence"]
+        assert equal["posterior_kl_per_sequence"] == pytest.approx(cost)
+        assert equal["kl_per_sequence"] <= max(0.0, cost) + 1e-6
+        difference, low, high = equal["posterior_minus_gate"]
+        assert low <= difference <= high
+        assert difference == pytest.approx(metrics["posterior"][kind]["ls"] - equal["ls"])
     tests, tuned = ({job.task.id for job in sampled if job.tuning is flag} for flag in (False, True))
     assert not tests & tuned
     assert (len(tests), len(tuned)) == (3, 2)
@@ -153,8 +181,8 @@ def test_modes_in_separate_runs_merge_into_one_report(run: Any, tmp_path: Path) 
     work.write_text(text + text.splitlines()[-1][:40])  # interrupted in the middle of a line
     calls = []
     merged, again, sampled = run(work=work, progress=lambda *call: calls.append(call))
-    # Left for the last run: the paper's length space, the budget of the matched gate, and that gate's answers.
-    assert {str(job.policy).split()[0] for job in sampled} <= {"paper_length", "posterior", "gate"}
+    # Left for the last run: the paper's length space.
+    assert {job.policy for job in sampled} <= {"paper_length"} | set(sum(SMALL.values(), []))
     assert calls[-1][1] == calls[-1][2]
     # The same answers; their costs agree as far as batches of another shape let them.
     assert [replace(row, text_cost=0.0, logprob=0.0) for row in again] == [
@@ -165,7 +193,7 @@ def test_modes_in_separate_runs_merge_into_one_report(run: Any, tmp_path: Path) 
             assert merged[mode][kind]["kl_per_sequence"] == pytest.approx(
                 whole[mode][kind]["kl_per_sequence"], abs=1e-3
             )
-    assert merged["eos_gate_matched"]["equal_to"]["rule"] == whole["eos_gate_matched"]["equal_to"]["rule"]
+    assert merged["eos_gate"]["equal_to"]["rule"] == whole["eos_gate"]["equal_to"]["rule"]
     _, _, sampled = run(work=work)
     assert not sampled
     # More tasks and other targets go on in the same file: they are no settings of an answer.

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.main import get_command
 
 from lenvm_service.cli import app
@@ -15,10 +16,13 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODES = {
     "unguided": "unguided",
-    "eos_gate": "gate on EOS (no value model)",
+    "eos_gate": "gate on EOS (no value model), best score",
+    "eos_gate_matched": "gate on EOS, at posterior's text cost",
     "paper_value": "paper's hard rule",
+    "paper_length": "paper's hard rule, in lengths",
     "posterior": "posterior (ours)",
 }
+KINDS = {"equal_to": "Equal To:", "at_most": "At Most:", "at_least": "At Least:"}
 
 
 def report(name: str) -> dict[str, Any]:
@@ -42,19 +46,42 @@ def test_prediction_table() -> None:
         assert "| " + " | ".join(cells) + " |" in README
 
 
-def test_first_light_table() -> None:
-    metrics = report("first_light")
+@pytest.mark.parametrize("kind", KINDS)
+def test_lifebench_tables(kind: str) -> None:
+    metrics = report("lifebench")
+    table = README[README.index(f"\n{KINDS[kind]}\n") :].split("\n\n")[1]
     for mode, name in MODES.items():
-        row = metrics[mode]["equal_to"]
+        row = metrics[mode][kind]
+        if "same_as" in row:
+            assert metrics[row["same_as"]][kind]["ls"] == row["ls"]
+            continue
+        assert all(figures["n"] >= 100 for figures in row["by_target"].values())
         cells = [
             name,
             f"{row['ls']:.1f}",
-            f"{row['kl_per_sequence']:.1f}",
+            f"{abs(row['kl_per_sequence']):.1f}",
             f"{row['logprob_per_token']:.2f}",
             f"{100 * row['rep4']:.0f} %",
             f"{100 * row['forced_stop_rate']:.1f} %",
+            f"{100 * row['finished_rate']:.0f} %",
         ]
-        assert "| " + " | ".join(cells) + " |" in README
+        assert "| " + " | ".join(cells) + " |" in table
+
+
+def test_what_the_readme_says_of_the_comparisons() -> None:
+    comparisons = report("lifebench")["comparisons"]
+    for kind, mode in (
+        ("equal_to", "paper_value"),
+        ("equal_to", "eos_gate_matched"),
+        ("at_most", "eos_gate_matched"),
+        ("at_least", "eos_gate_matched"),
+    ):
+        difference, low, high = comparisons[kind][f"posterior_minus_{mode}"]["ls"]
+        assert f"{difference:+.1f} ({low:+.1f} to {high:+.1f})" in README
+    # "does not beat the gate", "within the noise", "ahead"
+    assert comparisons["equal_to"]["posterior_minus_eos_gate"]["ls"][2] < 0
+    assert comparisons["equal_to"]["posterior_minus_eos_gate_matched"]["ls"][1] < 0
+    assert comparisons["at_most"]["posterior_minus_eos_gate_matched"]["ls"][1] > 0
 
 
 def test_every_command_that_the_readme_names_exists() -> None:

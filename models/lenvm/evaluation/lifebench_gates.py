@@ -1,4 +1,4 @@
-"""The gates on EOS that LIFEBench tunes: rules without a value model, and how two of them are chosen for each kind."""
+"""The gates on EOS that LIFEBench tunes: rules without a value model, the best, and their front of score and cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lenvm.errors import InvalidRequestError
 from lenvm.evaluation.lifebench import Kind
 from lenvm.guides import EosGateGuide
 
-__all__ = ["FREE", "GRIDS", "GateRule", "RuleScore", "best_rule", "gate_guide", "matched_rule"]
+__all__ = ["FREE", "GRIDS", "GateRule", "Mix", "RuleScore", "best_rule", "front", "gate_guide", "mix_at_cost"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GateRule:
 
 
 FREE = GateRule(1.0, None, None)
-"""Leaves every answer as it is: no text cost, so a budget can always be met."""
+"""Leaves every answer as it is, and costs nothing: the cheap end of every front."""
 
 
 def _grid(kind: Kind) -> list[GateRule]:
@@ -62,14 +62,14 @@ GRIDS: Mapping[Kind, Sequence[GateRule]] = {
 
 @dataclass(frozen=True)
 class RuleScore:
-    """What a rule reached on the tuning tasks: mean length score (0 to 100) and text cost (nats a sequence)."""
+    """What a rule reached: mean length score (0 to 100) and mean text cost (nats a sequence)."""
 
     rule: GateRule
     ls: float
     kl_per_sequence: float
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row of the tuning table."""
+        """One flat row of a table."""
         return {**self.rule.to_dict(), "ls": self.ls, "kl_per_sequence": self.kl_per_sequence}
 
 
@@ -80,17 +80,45 @@ def best_rule(table: Sequence[RuleScore]) -> RuleScore:
     return max(table, key=lambda score: (round(score.ls, 9), -score.kl_per_sequence))
 
 
-def matched_rule(table: Sequence[RuleScore], budget: float) -> RuleScore:
-    """The best length score among rules whose text cost is at most ``budget`` (nats a sequence).
+def front(table: Sequence[RuleScore], size: int = 10) -> list[GateRule]:
+    """Rules that no cheaper one beats in length score, the cheapest first; at most ``size``, both ends among them."""
+    found: list[RuleScore] = []
+    for score in sorted(table, key=lambda score: (score.kl_per_sequence, -score.ls)):
+        if not found or score.ls > found[-1].ls:
+            found.append(score)
+    last = len(found) - 1
+    kept = range(last + 1) if last < size else [round(at * last / (size - 1)) for at in range(size)]
+    return [found[at].rule for at in kept]
 
-    A negative budget is an estimate's noise (no text cost is below zero) and read as 0. Raises InvalidRequestError
-    where no rule is that cheap: a grid should hold ``FREE``.
+
+@dataclass(frozen=True)
+class Mix:
+    """A gate that follows rule ``dear`` for a share of the answers and rule ``cheap`` for the others (indices)."""
+
+    cheap: int
+    dear: int
+    share: float
+
+
+def mix_at_cost(scores: Sequence[RuleScore], cost: float) -> Mix:
+    """The mix of at most two rules with the best mean length score whose mean text cost is ``cost``, or less where one
+    rule alone is better.
+
+    Chosen by these very scores, so their luck is counted for the gate. Raises InvalidRequestError where every rule
+    costs more: a front begins with ``FREE``.
     """
-    limit = max(0.0, budget) + 1e-9  # rounding in sums of zeros
-    affordable = [score for score in table if score.kl_per_sequence <= limit]
-    if not affordable:
-        raise InvalidRequestError(f"no gate costs at most {budget:.3g} nats: add a softer rule", param="grids")
-    return best_rule(affordable)
+    limit = max(0.0, cost) + 1e-9  # rounding in sums of zeros
+    cheap = [at for at, score in enumerate(scores) if score.kl_per_sequence <= limit]
+    if not cheap:
+        raise InvalidRequestError(f"no gate costs at most {cost:.3g} nats: add a softer rule", param="grids")
+    found = [(scores[at].ls, Mix(at, at, 0.0)) for at in cheap]
+    for at in cheap:
+        for other, score in enumerate(scores):
+            if other not in cheap:
+                low, high = scores[at].kl_per_sequence, score.kl_per_sequence
+                share = max(0.0, (cost - low) / (high - low))
+                found.append(((1 - share) * scores[at].ls + share * score.ls, Mix(at, other, share)))
+    return max(found, key=lambda pair: pair[0])[1]
 
 
 def gate_guide(targets: Sequence[int], kinds: Sequence[Kind], rules: Sequence[GateRule]) -> EosGateGuide:

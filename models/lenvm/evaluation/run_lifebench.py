@@ -23,16 +23,9 @@ from lenvm.evaluation.lifebench import (
     length_score,
     load_tasks,
 )
-from lenvm.evaluation.lifebench_gates import (
-    FREE,
-    GRIDS,
-    GateRule,
-    RuleScore,
-    best_rule,
-    gate_guide,
-    matched_rule,
-)
+from lenvm.evaluation.lifebench_gates import FREE, GRIDS, GateRule, RuleScore, best_rule, front, gate_guide, mix_at_cost
 from lenvm.evaluation.lifebench_work import Job, Policy, WorkFile
+from lenvm.evaluation.stats import paired_bootstrap
 from lenvm.guidance import Objective
 from lenvm.guides import ValueGuide
 from lenvm.rollouts.sampling import LocalGenerator, stream_seed
@@ -40,10 +33,8 @@ from lenvm.scoring import Scorer
 
 __all__ = ["MODES", "LifebenchSettings", "pool_tokens", "run_lifebench"]
 
-MODES = ("unguided", "eos_gate", "eos_gate_matched", "paper_value", "paper_length", "posterior")
+MODES = ("unguided", "eos_gate", "paper_value", "paper_length", "posterior")
 _VALUE_MODES = ("paper_value", "paper_length", "posterior")
-_GATE_MODES = ("eos_gate", "eos_gate_matched")
-_BUDGET_SAMPLES = 4  # answers of posterior for each tuning pair: its text cost is the matched gate's budget
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -76,26 +67,7 @@ class LifebenchSettings:
                 raise InvalidRequestError(f"unknown {name} {shown}: use {', '.join(known)}", param=f"{name}s")
 
 
-@dataclass(frozen=True)
-class _Tuning:
-    """Figures on the tuning tasks by kind: every gate of the grid and, where a budget was wanted, posterior's."""
-
-    tasks: int
-    gates: dict[Kind, list[RuleScore]]
-    posterior: dict[Kind, tuple[float, float]]
-
-    def rule(self, mode: str, kind: Kind) -> RuleScore:
-        if mode == "eos_gate":
-            return best_rule(self.gates[kind])
-        return matched_rule(self.gates[kind], self.posterior[kind][1])
-
-    def to_dict(self) -> dict[str, Any]:
-        """``gates``: the whole table, from which the front of length score against text cost can be read."""
-        return {
-            "tasks": self.tasks,
-            "gates": {kind: [score.to_dict() for score in table] for kind, table in self.gates.items()},
-            "posterior": {kind: {"ls": ls, "kl_per_sequence": kl} for kind, (ls, kl) in self.posterior.items()},
-        }
+Table: TypeAlias = Mapping[Kind, Sequence[RuleScore]]
 
 
 def run_lifebench(
@@ -110,37 +82,48 @@ def run_lifebench(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Metrics and every answer of the test.
 
-    ``metrics`` is ``mode -> kind -> aggregate`` (gates with their ``rule``), ``comparisons`` by kind (paired bootstrap)
-    and ``tuning``. Answers in ``work`` are used again where its settings match; ``identity`` names what else an answer
-    depends on (checkpoint, precision, device). Rows in flight share a batch whatever their mode, kind and target.
+    ``metrics`` is ``mode -> kind -> aggregate`` (the gate with its ``rule``), ``comparisons`` by kind (paired
+    bootstrap), ``tuning`` (every gate on the tuning tasks) and ``gate_front`` (the best of them on the test, see
+    ``_front_metrics``). Answers in ``work`` are used again where its settings match; ``identity`` names what else an
+    answer depends on (checkpoint, precision, device). Rows in flight share a batch whatever their mode, kind and target.
     """
     everything = load_tasks(data, n=None, seed=settings.seed)
     tests, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
-    gates = [mode for mode in _GATE_MODES if mode in settings.modes]
-    if gates and not tuning:
+    with_gates = "eos_gate" in settings.modes
+    if with_gates and not tuning:
         raise InvalidRequestError(f"all {len(everything)} tasks are in the test: the gates need some to be tuned on")
     with WorkFile(work, _depends_on(generator, settings, identity or {})) as store:
         runner = _Runner(generator, scorer, settings, store, progress)
-        # What waits for nothing runs first and together; only the chosen gates' answers wait for the tuning.
-        first = [
-            job for mode in settings.modes if mode not in _GATE_MODES for job in _jobs(mode, None, tests, settings)
-        ]
-        wants_budget = "eos_gate_matched" in gates
-        runner.run(first + (_tuning_jobs(tuning, settings, budget=wants_budget) if gates else []))
-        tuned = _tuned(store, tuning, settings, budget=wants_budget) if gates else None
-        jobs = {mode: _jobs(mode, tuned, tests, settings) for mode in settings.modes}
-        runner.run([job for mode in gates for job in jobs[mode]])
+        # What waits for nothing runs first and together; only the gates of the front wait for the tuning.
+        jobs = {mode: _mode_jobs(mode, tests, settings) for mode in settings.modes if mode != "eos_gate"}
+        runner.run(
+            [job for mode in jobs for job in jobs[mode]] + (_tuning_jobs(tuning, settings) if with_gates else [])
+        )
+        tuned = _tuned(store, tuning, settings) if with_gates else {}
+        # The rule with the best score ends the front of its kind.
+        fronts = {kind: front(table) for kind, table in tuned.items()}
+        gates = {kind: [_jobs(rule, kind, tests, settings) for rule in rules] for kind, rules in fronts.items()}
+        runner.run([job for lists in gates.values() for found in lists for job in found])
+        if with_gates:
+            jobs["eos_gate"] = [job for lists in gates.values() for job in lists[-1]]
         rows = [_row(mode, job, store) for mode in settings.modes for job in jobs[mode]]
+        on_front = {
+            kind: [[_row("gate", job, store) for job in found] for found in lists] for kind, lists in gates.items()
+        }
     metrics: dict[str, Any] = aggregate_modes(rows)
     for mode in settings.modes:
         for kind in settings.kinds:
-            if tuned is not None and mode in gates:
-                metrics[mode][kind]["rule"] = tuned.rule(mode, kind).rule.to_dict()
-            if _policy(mode, kind) != mode and mode in _VALUE_MODES:
+            if mode == "eos_gate":
+                metrics[mode][kind]["rule"] = best_rule(tuned[kind]).rule.to_dict()
+            if _policy(mode, kind) != mode:
                 metrics[mode][kind]["same_as"] = _policy(mode, kind)
     metrics["comparisons"] = {kind: _compare(rows, kind, settings) for kind in settings.kinds}
-    if tuned is not None:
-        metrics["tuning"] = tuned.to_dict()
+    if with_gates:
+        gate_tables = {kind: [score.to_dict() for score in table] for kind, table in tuned.items()}
+        metrics["tuning"] = {"tasks": len(tuning), "gates": gate_tables}
+        metrics["gate_front"] = {
+            kind: _front_metrics(fronts[kind], on_front[kind], [r for r in rows if r.kind == kind]) for kind in fronts
+        }
     return metrics, rows
 
 
@@ -158,53 +141,40 @@ def _policy(mode: str, kind: Kind) -> str:
     return "paper_value" if mode == "paper_length" and kind != "equal_to" else mode
 
 
-def _jobs(mode: str, tuned: _Tuning | None, tasks: Sequence[Task], settings: LifebenchSettings) -> list[Job]:
-    found = []
+def _mode_jobs(mode: str, tasks: Sequence[Task], settings: LifebenchSettings) -> list[Job]:
+    return [job for kind in settings.kinds for job in _jobs(_policy(mode, kind), kind, tasks, settings)]
+
+
+def _jobs(
+    policy: Policy, kind: Kind, tasks: Sequence[Task], settings: LifebenchSettings, *, tuning: bool = False
+) -> list[Job]:
+    return [
+        Job(policy, task, kind, target, sample, tuning=tuning)
+        for task in tasks
+        for target in settings.targets
+        for sample in range(1 if tuning else settings.samples)
+    ]
+
+
+def _tuning_jobs(tasks: Sequence[Task], settings: LifebenchSettings) -> list[Job]:
+    return [
+        job
+        for kind in settings.kinds
+        for rule in settings.grids[kind]
+        for job in _jobs(rule, kind, tasks, settings, tuning=True)
+    ]
+
+
+def _tuned(store: WorkFile, tasks: Sequence[Task], settings: LifebenchSettings) -> Table:
+    """Every gate of the grids on the tuning tasks (pairs are as many for every target)."""
+    found: dict[Kind, list[RuleScore]] = {}
     for kind in settings.kinds:
-        policy: Policy = _policy(mode, kind)
-        if mode in _GATE_MODES:
-            assert tuned is not None
-            policy = tuned.rule(mode, kind).rule
-        found += [
-            Job(policy, task, kind, target, sample)
-            for task in tasks
-            for target in settings.targets
-            for sample in range(settings.samples)
-        ]
+        for rule in settings.grids[kind]:
+            answers = [(job, store[job]) for job in _jobs(rule, kind, tasks, settings, tuning=True)]
+            scores = [length_score(answer.length, job.target, kind) for job, answer in answers]
+            costs = [answer.text_cost for _, answer in answers]
+            found.setdefault(kind, []).append(RuleScore(rule, float(np.mean(scores)), float(np.mean(costs))))
     return found
-
-
-def _tuning_jobs(tasks: Sequence[Task], settings: LifebenchSettings, *, budget: bool) -> list[Job]:
-    found = []
-    for kind in settings.kinds:
-        policies: list[tuple[Policy, int]] = [(rule, 1) for rule in settings.grids[kind]]
-        policies += [("posterior", _BUDGET_SAMPLES)] if budget else []
-        found += [
-            Job(policy, task, kind, target, sample, tuning=True)
-            for policy, samples in policies
-            for task in tasks
-            for target in settings.targets
-            for sample in range(samples)
-        ]
-    return found
-
-
-def _tuned(store: WorkFile, tasks: Sequence[Task], settings: LifebenchSettings, *, budget: bool) -> _Tuning:
-    """Mean length score and text cost of each policy that was tried (pairs are as many for every target)."""
-    scores: dict[tuple[Kind, Policy], list[tuple[float, float]]] = {}
-    for job in _tuning_jobs(tasks, settings, budget=budget):
-        answer = store[job]
-        score = length_score(answer.length, job.target, job.kind), answer.text_cost
-        scores.setdefault((job.kind, job.policy), []).append(score)
-    gates: dict[Kind, list[RuleScore]] = {kind: [] for kind in settings.kinds}
-    posterior: dict[Kind, tuple[float, float]] = {}
-    for (kind, policy), found in scores.items():
-        ls, cost = (float(mean) for mean in np.mean(found, axis=0))
-        if isinstance(policy, GateRule):
-            gates[kind].append(RuleScore(policy, ls, cost))
-        else:
-            posterior[kind] = ls, cost
-    return _Tuning(len(tasks), gates, posterior)
 
 
 @dataclass(frozen=True)
@@ -290,4 +260,41 @@ def _compare(rows: Sequence[Row], kind: Kind, settings: LifebenchSettings) -> di
                 measure: list(compare_modes(rows, kind, "posterior", other, measure))
                 for measure in ("ls", "kl_per_sequence")
             }
+    return found
+
+
+def _front_metrics(rules: Sequence[GateRule], gates: Sequence[Sequence[Row]], rows: Sequence[Row]) -> dict[str, Any]:
+    """The front's rules on the test tasks and, where posterior ran, the gate at exactly its text cost.
+
+    That gate follows one rule for a share of the answers and another for the rest, chosen on the test itself: what luck
+    there is in the choice is the gate's. ``posterior_minus_gate``: length score with its interval, paired by task.
+    """
+    scores = []
+    for rule, own in zip(rules, gates, strict=True):
+        ls = np.mean([length_score(len(row.token_ids), row.target, row.kind) for row in own])
+        scores.append(RuleScore(rule, float(ls), float(np.mean([row.text_cost for row in own]))))
+    found: dict[str, Any] = {"rules": [score.to_dict() for score in scores]}
+    posterior = [row for row in rows if row.mode == "posterior"]
+    if not posterior:
+        return found
+    cost = float(np.mean([row.text_cost for row in posterior]))
+    mix = mix_at_cost(scores, cost)
+    cheap, dear = gates[mix.cheap], gates[mix.dear]
+    mixed = [
+        (1 - mix.share) * length_score(len(a.token_ids), a.target, a.kind)
+        + mix.share * length_score(len(b.token_ids), b.target, b.kind)
+        for a, b in zip(cheap, dear, strict=True)
+    ]
+    ours = [length_score(len(row.token_ids), row.target, row.kind) for row in posterior]
+    # Rows of all policies stand in one order: task, target, sample.
+    difference = paired_bootstrap(ours, mixed, [row.task_id for row in posterior])
+    found["equal_cost"] = {
+        "kl_per_sequence": (1 - mix.share) * scores[mix.cheap].kl_per_sequence
+        + mix.share * scores[mix.dear].kl_per_sequence,
+        "ls": float(np.mean(mixed)),
+        "rules": [rules[mix.cheap].to_dict(), rules[mix.dear].to_dict()],
+        "share": mix.share,
+        "posterior_kl_per_sequence": cost,
+        "posterior_minus_gate": list(difference),
+    }
     return found

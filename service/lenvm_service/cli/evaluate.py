@@ -246,11 +246,14 @@ def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str
     for name, found in metrics["comparisons"][kind].items():
         parts = (f"{key} {diff:+.1f} [{low:+.1f}, {high:+.1f}]" for key, (diff, low, high) in found.items())
         console.print(f"{_words(name)}: {', '.join(parts)} (95 % intervals, resampled by task)")
-    matched = metrics["comparisons"][kind].get("posterior_minus_eos_gate_matched")
-    if matched is not None:
-        _, low, high = matched["ls"]
+    equal = metrics.get("gate_front", {}).get(kind, {}).get("equal_cost")
+    if equal is not None:
+        difference, low, high = equal["posterior_minus_gate"]
         verdict = "beats" if low > 0 else "is beaten by" if high < 0 else "is not told apart from"
-        console.print(f"At the text cost of posterior: its length score {verdict} that of the gate on EOS")
+        console.print(
+            f"At its text cost ({equal['posterior_kl_per_sequence']:.1f} nats) posterior {verdict} the gate on EOS "
+            f"(length score {equal['ls']:.1f}): {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+        )
     console.print()
 
 
