@@ -182,7 +182,7 @@ def test_modes_in_separate_runs_merge_into_one_report(run: Any, tmp_path: Path) 
     calls = []
     merged, again, sampled = run(work=work, progress=lambda *call: calls.append(call))
     # Left for the last run: the paper's length space.
-    assert {job.policy for job in sampled} <= {"paper_length"} | set(sum(SMALL.values(), []))
+    assert {job.policy for job in sampled} <= {"paper_length"} | {rule for rules in SMALL.values() for rule in rules}
     assert calls[-1][1] == calls[-1][2]
     # The same answers; their costs agree as far as batches of another shape let them.
     assert [replace(row, text_cost=0.0, logprob=0.0) for row in again] == [

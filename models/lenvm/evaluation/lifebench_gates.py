@@ -37,7 +37,7 @@ FREE = GateRule(1.0, None, None)
 def _grid(kind: Kind) -> list[GateRule]:
     """From the strictest rules to none at all. For equal_to the stop comes after the target: one *at* the target is
     truncation, which scores 100 by construction and costs ``-ln P(EOS)`` wherever it happens to fall."""
-    thresholds = (0.003, 0.02, 0.1, 0.3)
+    thresholds = (0.0003, 0.001, 0.003, 0.02, 0.1, 0.3)
     rules: list[GateRule] = []
     if kind == "equal_to":
         stops: tuple[float | None, ...] = (1.05, 1.1, 1.25, 1.5, 2.0, None)
@@ -80,7 +80,7 @@ def best_rule(table: Sequence[RuleScore]) -> RuleScore:
     return max(table, key=lambda score: (round(score.ls, 9), -score.kl_per_sequence))
 
 
-def front(table: Sequence[RuleScore], size: int = 10) -> list[GateRule]:
+def front(table: Sequence[RuleScore], size: int = 40) -> list[GateRule]:
     """Rules that no cheaper one beats in length score, the cheapest first; at most ``size``, both ends among them."""
     found: list[RuleScore] = []
     for score in sorted(table, key=lambda score: (score.kl_per_sequence, -score.ls)):

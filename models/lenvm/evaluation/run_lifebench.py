@@ -85,7 +85,7 @@ def run_lifebench(
     ``metrics`` is ``mode -> kind -> aggregate`` (the gate with its ``rule``), ``comparisons`` by kind (paired
     bootstrap), ``tuning`` (every gate on the tuning tasks) and ``gate_front`` (the best of them on the test, see
     ``_front_metrics``). Answers in ``work`` are used again where its settings match; ``identity`` names what else an
-    answer depends on (checkpoint, precision, device). Rows in flight share a batch whatever their mode, kind and target.
+    answer depends on (checkpoint, precision, device). Rows in flight share a batch, whatever they are.
     """
     everything = load_tasks(data, n=None, seed=settings.seed)
     tests, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
