@@ -242,6 +242,10 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
 
 def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
     folders = find_models(settings.model)
+    if load is None:
+        from lenvm_service.cli._session import check_device
+
+        check_device(settings.device)
     from lenvm_service.api import create_app
     from lenvm_service.metrics import Metrics
 

@@ -63,6 +63,13 @@ class Settings(BaseSettings):
             return [part.strip() if isinstance(part, str) else part for part in parts if part != ""]
         return parts
 
+    @field_validator("secret")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not 16 <= len(value.get_secret_value().encode()) <= 64:
+            raise ValueError("give 16 to 64 bytes")
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _no_redis_yet(cls, value: SecretStr | None) -> SecretStr | None:

@@ -294,3 +294,9 @@ def test_the_examples_of_the_document_are_true(client: TestClient) -> None:
             assert not [row for row in rows if "error" in row]
     for path, response in RESPONSE_EXAMPLES.items():
         FORMS[path].model_validate(response, extra="forbid")
+
+
+def test_probes_may_be_head_requests(client: Any) -> None:
+    for path in ("/health/live", "/health/ready"):
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")

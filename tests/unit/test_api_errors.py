@@ -579,3 +579,15 @@ def test_a_cancellation_by_the_engine_is_no_cancellation_of_the_request(client: 
     engine.submit = cancelled  # type: ignore[method-assign]
     refused(client.post("/predict_length", json={"prompt": "a"}), 500, "internal")
     del engine.submit
+
+
+def test_floods_of_problems_are_refused_at_the_first(client: Any) -> None:
+    """Naming 100,000 of them would keep the event loop busy for seconds."""
+    flood = {"inputs": [{"messages": [{}] * 1000}]}
+    (row,) = client.post("/predict_length", json=flood).json()["predictions"]
+    assert row["error"]["param"] == "inputs[0].messages[0].role"
+    many = {f"field{at}": 1 for at in range(100)}
+    answer = client.post("/predict_length", json=many)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "too_many_fields")
+    (row,) = client.post("/predict_length", json={"inputs": [many]}).json()["predictions"]
+    assert row["error"]["code"] == "too_many_fields"

@@ -13,7 +13,13 @@ import pytest
 from lenvm.errors import InvalidRequestError
 from lenvm_service.engine.batching import Batcher, BatcherOptions, Cost
 from lenvm_service.engine.jobs import PredictJob, Prefix, Result
-from lenvm_service.errors import DeadlineExceededError, InternalError, NotReadyError, OverloadedError
+from lenvm_service.errors import (
+    DeadlineExceededError,
+    InternalError,
+    NotReadyError,
+    OverloadedError,
+    PayloadTooLargeError,
+)
 
 
 def job(*ids: int) -> PredictJob:
@@ -195,16 +201,66 @@ def test_readiness_waits_until_the_check_passes(runner: Runner, make: Any) -> No
     assert batcher.ready
 
 
-def test_what_cannot_get_well_is_not_alive(runner: Runner, make: Any) -> None:
+def test_what_cannot_get_well_is_not_alive_and_leaves_nobody_waiting(
+    runner: Runner, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lenvm_service.engine.batching._MAX_CHECK_PAUSE_S", 0.01)
     runner.failing_checks = 1000
-    batcher = make()
-    runner.raises = RuntimeError("x")
-    with pytest.raises(InternalError):
-        asyncio.run(batcher.submit([job(1)]))
-    assert batcher.alive
-    batcher._failed_checks = 8  # as after half a minute of failing checks
-    assert not batcher.alive
-    assert not batcher.ready
+
+    async def scenario() -> None:
+        batcher = make()
+        first = await held(runner, batcher)
+        second = asyncio.create_task(batcher.submit([job(1)]))
+        await asyncio.sleep(0.02)
+        runner.raises = RuntimeError("x")
+        runner.gate.set()
+        with pytest.raises(InternalError):
+            await first
+        with pytest.raises(NotReadyError):
+            await asyncio.wait_for(second, 10)
+        assert not batcher.alive
+        assert not batcher.ready
+        with pytest.raises(NotReadyError):
+            await batcher.submit([job(2)])
+
+    asyncio.run(scenario())
+
+
+def test_a_long_batch_that_shows_life_is_no_stall(runner: Runner, make: Any) -> None:
+    async def scenario() -> None:
+        batcher = make(stall_s=0.2)
+        task = await held(runner, batcher)
+        for _ in range(10):
+            batcher.beat()  # as each layer of a long forward does
+            await asyncio.sleep(0.05)
+            assert batcher.alive
+        runner.gate.set()
+        await task
+
+    asyncio.run(scenario())
+
+
+def test_a_large_request_shares_the_engine_with_small_ones(runner: Runner, make: Any) -> None:
+    async def scenario() -> None:
+        batcher = make(budget_tokens=10)
+        batcher._tokens_per_s = 100.0
+        first = await held(runner, batcher)
+        large = asyncio.create_task(batcher.submit([job(at, at) for at in range(1, 101)]))
+        await asyncio.sleep(0.01)
+        small = asyncio.create_task(batcher.submit([job(1000)]))
+        await asyncio.sleep(0.01)
+        runner.gate.set()
+        await asyncio.gather(first, large, small)
+
+    asyncio.run(scenario())
+    at = next(index for index, batch in enumerate(runner.batches) if 1000 in batch)
+    assert at <= 3
+    assert len(runner.batches) > 15
+
+
+def test_more_rows_than_the_queue_could_ever_hold(make: Any) -> None:
+    with pytest.raises(PayloadTooLargeError, match="split"):
+        asyncio.run(make(max_queue_tokens=4).submit([job(1, 2, 3), job(4, 5)]))
 
 
 def test_a_stalled_engine_is_neither_ready_nor_alive(runner: Runner, make: Any) -> None:

@@ -76,6 +76,21 @@ def test_a_missing_checkpoint_is_a_typed_failure(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_a_cache_that_does_not_hold_one_context(tiny_checkpoint: Path) -> None:
+    engine = Engine("tiny", tiny_checkpoint, EngineOptions(cache_tokens=20))
+    engine.start()
+    until(lambda: engine.state == "failed")
+    assert "--cache-tokens 20 is too small" in str(engine.failure)
+    engine.close()
+
+
+def test_every_layer_of_a_forward_is_a_life_sign(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[int] = []
+    monkeypatch.setattr(engine.batcher, "beat", lambda: beats.append(1))
+    asyncio.run(engine.submit([PredictJob(Prefix([5, 6, 7]))]))
+    assert len(beats) == 2  # layers of the tiny model
+
+
 def test_a_batch_of_all_kinds(engine: Engine, metrics: Metrics) -> None:
     jobs = [
         PredictJob(Prefix([9, 6, 7])),

@@ -104,11 +104,11 @@ def test_an_alias_before_a_name_or_a_folder(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_secrets_are_not_shown() -> None:
-    found = load_settings(secret="hidden")
-    assert "hidden" not in repr(found)
-    assert "hidden" not in str(found)
+    found = load_settings(secret="hidden-from-sight")
+    assert "hidden-from-sight" not in repr(found)
+    assert "hidden-from-sight" not in str(found)
     assert found.secret is not None
-    assert found.secret.get_secret_value() == "hidden"
+    assert found.secret.get_secret_value() == "hidden-from-sight"
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------
@@ -168,3 +168,10 @@ def test_console_logs_cannot_be_faked_by_line_breaks() -> None:
     assert lines[1].endswith("ERROR   uvicorn.error: broken")
     assert lines[-2:] == ["ValueError: why", lines[-1]]
     assert lines[-1].endswith("DEBUG   lenvm_service.x: detail")
+
+
+@pytest.mark.parametrize("secret", ["short", "x" * 65])
+def test_a_secret_that_cannot_be_a_key(secret: str) -> None:
+    with pytest.raises(InvalidRequestError, match="16 to 64 bytes") as caught:
+        load_settings(secret=secret)
+    assert secret not in str(caught.value)

@@ -10,7 +10,9 @@ from starlette.requests import Request
 from lenvm_service.api.errors import RequestError
 from lenvm_service.errors import PayloadTooLargeError
 
-__all__ = ["parse_object", "read_body"]
+__all__ = ["check_fields", "parse_object", "read_body"]
+
+_MOST_FIELDS = 64
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -51,4 +53,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise RequestError(f"the body is not valid JSON ({error})", reason="json_invalid", status=400) from None
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object", reason="not_an_object")
+    check_fields(value)
     return value
+
+
+def check_fields(value: Any) -> None:
+    """Raise RequestError for an object with far more fields than any of ours has: naming each would take seconds."""
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        raise RequestError(f"the object has {len(value)} fields: send those of the contract", reason="too_many_fields")

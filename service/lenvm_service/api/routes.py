@@ -163,6 +163,7 @@ async def info(request: Request) -> Response:
     )
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", **documented("Is the process sound?", answer.LiveResponse, errors=(500, 503)))
 async def live(request: Request) -> Response:
     """503 when an engine is dead or stuck: only a restart helps."""
@@ -172,6 +173,7 @@ async def live(request: Request) -> Response:
     return json_response({"status": "live"})
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", **documented("Does it take work?", answer.ReadyResponse, errors=(500, 503)))
 async def ready(request: Request) -> Response:
     """503 while a model loads or its engine is being checked after a failure, and while the process shuts down."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from lenvm.backbones import encode_chat
 from lenvm.errors import InvalidRequestError, LenVMError
-from lenvm_service.api.body import parse_object
+from lenvm_service.api.body import check_fields, parse_object
 from lenvm_service.api.errors import RequestError, invalid
 from lenvm_service.api.schemas import (
     CandidateInput,
@@ -66,6 +66,7 @@ class Call(Generic[OptionsT]):
 
 def check(model: type[ModelT], value: Any) -> ModelT:
     """``value`` as ``model``. Raises RequestError for the first problem."""
+    check_fields(value)
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -75,6 +75,9 @@ class Message(Strict):
     content: str
 
 
+Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
 class ObjectiveFields(Strict):
     """What length is wanted. Guidance checks which fields go with which kind; see ``lenvm.guidance.Objective``."""
 
@@ -139,7 +142,10 @@ class PredictOptions(RequestOptions):
     """What holds for all rows of /predict_length."""
 
     max_tokens: int | None = Field(
-        None, ge=0, le=_MAX_GENERATED, description="Limit on content tokens, asked about in p_exceeds_max_tokens."
+        None,
+        ge=0,
+        le=_MAX_GENERATED,
+        description="Limit on generated tokens, EOS included, asked about in p_exceeds_max_tokens.",
     )
     quantiles: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=64)] | None = Field(
         [0.5, 0.9, 0.95], description="Levels, each between 0 and 1."
@@ -153,7 +159,7 @@ class ScoreOptions(RequestOptions):
 class TextSource(Strict):
     """A text in one of three forms; the service applies the backbone's chat template to the first two."""
 
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     prompt: str | None = Field(None, description="One user message.")
     token_ids: TokenIds | None = Field(None, description="Ids of the model's tokenizer, taken as they are.")
 
@@ -253,7 +259,7 @@ class TokenizeRequest(ModelChoice):
 
     model_config = ConfigDict(json_schema_extra=one_of("messages", "prompt"))
 
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     prompt: str | None = Field(None, description="One user message.")
 
     @model_validator(mode="after")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -84,20 +87,36 @@ def command(
     One line on stdout says when all models are ready. SIGTERM or Ctrl-C drains: new work is refused, work in flight is
     answered, then the process ends with status 0. A second one ends it at once.
     """
-    require("serve", "fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
-    need("serve")
-    from lenvm_service.server import serve
-    from lenvm_service.settings import load_settings
+    with _ending_quietly():
+        require("serve", "fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
+        need("serve")
+        from lenvm_service.server import serve
+        from lenvm_service.settings import load_settings
 
-    # An option that may be repeated is an empty list where it was not given.
-    flags: dict[str, Any] = {name: value for name, value in context.params.items() if value not in (None, [], ())}
-    try:
-        settings = load_settings(**flags)
-    except InvalidRequestError as error:
-        raise typer.BadParameter(str(error)) from None
-    status = serve(settings)
-    _leave_busy_engines(status)
+        # An option that may be repeated is an empty list where it was not given.
+        flags: dict[str, Any] = {name: value for name, value in context.params.items() if value not in (None, [], ())}
+        try:
+            settings = load_settings(**flags)
+        except InvalidRequestError as error:
+            raise typer.BadParameter(str(error)) from None
+        status = serve(settings)
+        _leave_busy_engines(status)
     raise typer.Exit(status)
+
+
+@contextlib.contextmanager
+def _ending_quietly() -> Iterator[None]:
+    """A signal before uvicorn has set its handlers (torch is being imported, for seconds) ends the process with status
+    0: nothing is served yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: os._exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave_busy_engines(status: int) -> None:

@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lenvm_service.engine.jobs import Job, Reply, Result
-from lenvm_service.errors import DeadlineExceededError, InternalError, NotReadyError, OverloadedError, ServiceError
+from lenvm_service.errors import (
+    DeadlineExceededError,
+    InternalError,
+    NotReadyError,
+    OverloadedError,
+    PayloadTooLargeError,
+    ServiceError,
+)
 
 __all__ = ["BatchObserver", "Batcher", "BatcherOptions", "Cost"]
 
@@ -171,7 +178,8 @@ class Batcher:
 
         Raises:
             OverloadedError: the queue is full.
-            NotReadyError: loading, or stopped.
+            NotReadyError: loading, stopped, or beyond recovery.
+            PayloadTooLargeError: more rows than the queue could ever hold.
             DeadlineExceededError: the deadline passed.
             InternalError: a batch that held one of the jobs failed.
         """
@@ -200,23 +208,37 @@ class Batcher:
         )
 
     def _enqueue(self, ticket: _Ticket, jobs: Sequence[Job], key: float) -> None:
+        self._check_open()
         costs = [self._cost(job) for job in jobs]
         tokens = sum(cost.tokens for cost in costs)
+        limit = self.options.max_queue_tokens
+        if tokens > limit and len(jobs) > 1:
+            raise PayloadTooLargeError(f"the request has {tokens} tokens, {limit} are allowed: split it")
         with self._condition:
-            if self._stopping or self.state in ("loading", "failed", "stopped"):
-                raise NotReadyError(f"the model {self.name} takes no work now: {self.state}", retry_after_s=1.0)
-            # What is larger than the whole queue is taken where nothing else waits: it could never come in otherwise.
-            if self._queue and self._queued_tokens + tokens > self.options.max_queue_tokens:
+            self._check_open()
+            # A single row larger than the queue is taken where nothing else waits: it could never come in otherwise.
+            if self._queue and self._queued_tokens + tokens > limit:
                 wait = self._drain_s()
                 raise OverloadedError(
                     f"{self._queued_tokens} tokens wait already: try again in {wait:.1f} s", retry_after_s=wait
                 )
+            ahead, rate = 0, self._tokens_per_s or self.options.budget_tokens
             for at, (job, cost) in enumerate(zip(jobs, costs, strict=True)):
                 self._order += 1
-                heapq.heappush(self._queue, _Entry(key, self._order, ticket, at, job, cost))
+                # Later rows of a request count as later arrivals: a large one shares the engine with small ones.
+                heapq.heappush(self._queue, _Entry(key + ahead / rate, self._order, ticket, at, job, cost))
+                ahead += cost.tokens
             self._queued_tokens += tokens
             self._note_queue()
             self._condition.notify_all()
+
+    def _check_open(self) -> None:
+        if self._stopping or self.state in ("loading", "failed", "stopped") or self._failed_checks >= _GIVE_UP_AFTER:
+            raise NotReadyError(f"the model {self.name} takes no work now: {self.state}", retry_after_s=1.0)
+
+    def beat(self) -> None:
+        """A life sign from inside a long batch."""
+        self._beat = time.monotonic()
 
     def _drain_s(self) -> float:
         """Until half of what waits is done, at the rate of late."""
@@ -363,6 +385,8 @@ class Batcher:
             except BaseException:
                 self._failed_checks += 1
                 logger.exception("%s: check %d after a failure failed", self.name, self._failed_checks)
+                if self._failed_checks >= _GIVE_UP_AFTER:
+                    self._refuse_all()
                 with self._condition:
                     self._condition.wait(pause)
                 pause = min(2 * pause, _MAX_CHECK_PAUSE_S)

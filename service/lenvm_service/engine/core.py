@@ -100,11 +100,11 @@ class EngineCore:
             try:
                 works[at] = self._prepare(job)
             except LenVMError as error:
-                results[at] = error
-        for at, failure in self._score(works).items():
-            results[at] = failure
-            del works[at]
-        self._answer(works, results)
+                # Its traceback holds this frame, and with it every state of the batch, until a cyclic collection: on
+                # another thread, perhaps, and long after the pool has run dry.
+                error.__context__ = error.__cause__ = None
+                results[at] = error.with_traceback(None)
+        self._score(works, results)
         after = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
         counts = self.counts
         counts.computed_tokens, counts.promoted_tokens, counts.forwards = (
@@ -140,6 +140,10 @@ class EngineCore:
         if not job.prompt_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token", param="token_ids")
         content = completion[: ends[0]] if ends else completion
+        size = self.scorer.vocab_size
+        for name, ids in (("token_ids", job.prompt_ids), ("completion_ids", content)):
+            if len(ids) and (min(ids) < 0 or max(ids) >= size):
+                raise InvalidRequestError(f"{name} must be in [0, {size})", param=name)
         row = ScoreRow(append=[*job.prompt_ids, *content], values_from=len(job.prompt_ids) - 1)
         self.scorer.check(row)
         return _Work(job, row, len(job.prompt_ids))
@@ -211,33 +215,38 @@ class EngineCore:
 
     # -- the scorer ----------------------------------------------------------------------------------------------------
 
-    def _score(self, works: dict[int, _Work]) -> dict[int, LenVMError]:
-        """Score all rows; rows for which the pool has no room, even alone and with no session left, get an error."""
-        failed: dict[int, LenVMError] = {}
-        self._make_room(works.values())
-        groups = [list(works)]
+    def _score(self, works: dict[int, _Work], results: list[Result | None]) -> None:
+        """Score and answer all rows, in as few scorer calls as the pool allows; what has no room even alone, with no
+        session left, is an overload of its row."""
+        pool = self.scorer.pool
+        groups = [list(works)] if works else []
         while groups:
             group = groups.pop()
-            if not group:
+            halves = [group[len(group) // 2 :], group[: len(group) // 2]]
+            # Each row may need one block more than its tokens fill, for copy-on-write.
+            needed = sum(pool.blocks_for(len(works[at].row.append)) + 1 for at in group)
+            if needed >= pool.max_blocks and len(group) > 1:
+                groups += halves
                 continue
+            while pool.free_blocks < needed and self.sessions.evict():
+                pass
             try:
-                scores = self.scorer.score([works[at].row for at in group])
+                self._score_group({at: works[at] for at in group}, results)
             except PoolExhaustedError:
                 if len(group) > 1:
-                    groups += [group[len(group) // 2 :], group[: len(group) // 2]]
-                    continue
-                failed[group[0]] = OverloadedError("the pool of prefix states is full: try again", retry_after_s=1.0)
+                    groups += halves
+                else:
+                    problem = "the pool of prefix states is full: try again"
+                    results[group[0]] = OverloadedError(problem, retry_after_s=1.0)
                 continue
-            for at, score in zip(group, scores, strict=True):
-                works[at].score = score
-        return failed
+            for at in group:
+                del works[at]  # its state is the store's now, which may let it go for the next group
 
-    def _make_room(self, works: Any) -> None:
-        """Let old sessions go until the pool can take all rows (each may need one block more, for copy-on-write)."""
-        pool = self.scorer.pool
-        needed = sum(pool.blocks_for(len(work.row.append)) + 1 for work in works)
-        while pool.free_blocks < needed and self.sessions.evict():
-            pass
+    def _score_group(self, works: dict[int, _Work], results: list[Result | None]) -> None:
+        scores = self.scorer.score([work.row for work in works.values()])
+        for work, score in zip(works.values(), scores, strict=True):
+            work.score = score
+        self._answer(works, results)
 
     # -- from scores to answers ----------------------------------------------------------------------------------------
 

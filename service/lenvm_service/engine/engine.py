@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS: dict[type, str] = {PredictJob: "predict", TokenScoreJob: "tokens", CandidateJob: "candidates"}
 _PREDICTIONS_KEPT = 65_536
+_BLOCK = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class EngineOptions:
     """Where and how large.
 
     ``batch_tokens``: new tokens a batch (None: 4,096 on the CPU, 16,384 on a GPU). ``cache_tokens``: tokens of prefix
-    states held (None: what a quarter of the memory holds). ``secret``: key of the session handles (None: a fresh one).
+    states held (None: what a quarter of the memory holds, shared by ``models`` models). ``secret``: key of the session
+    handles, 16 to 64 bytes (None: a fresh one).
     """
 
     device: str = "cpu"
@@ -52,6 +55,7 @@ class EngineOptions:
     batch_wait_s: float = 0.002
     max_queue_tokens: int = 262_144
     cache_tokens: int | None = None
+    models: int = 1
     stall_s: float = 60.0
     secret: bytes | None = None
 
@@ -63,24 +67,46 @@ class _Predicted:
     quantiles: dict[str, int]
 
 
-def default_cache_tokens(model: LengthValueModel) -> int:
-    """Tokens of keys and values that a quarter of the free memory holds, 256k at most on the CPU."""
+def default_cache_tokens(model: LengthValueModel, *, models: int = 1) -> int:
+    """Tokens of keys and values for one of ``models`` models: what a quarter of the free memory holds, shared by all.
+
+    On the CPU at most 256k; at least two contexts."""
     token_bytes = PoolShape.of(model.decoder.config).token_bytes(model.dtype)
     if model.device.type == "cuda":
-        return max(model.context, torch.cuda.mem_get_info(model.device)[0] // 4 // token_bytes)
+        tokens = torch.cuda.mem_get_info(model.device)[0] // 4 // models // token_bytes
+    else:
+        tokens = min(1 << 18, _free_memory() // 4 // models // token_bytes)
+    return max(2 * model.context, tokens)
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group where there is one."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(2 * model.context, min(1 << 18, free // 4 // token_bytes))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, limit - used))
+    return free
 
 
 def load_core(source: str | Path, options: EngineOptions) -> tuple[EngineCore, LengthValueModel]:
-    """A checkpoint, loaded for serving. Raises ArtifactError or BackboneError."""
-    model = LengthValueModel.from_pretrained(
-        source, device=options.device, dtype=getattr(torch, options.dtype), backbone=None
-    )
-    scorer = TorchScorer(model, pool_tokens=options.cache_tokens or default_cache_tokens(model))
+    """A checkpoint, loaded for serving.
+
+    Raises ArtifactError, BackboneError, or InvalidRequestError for a cache that does not hold one full context.
+    """
+    model = LengthValueModel.from_pretrained(source, device=options.device, dtype=getattr(torch, options.dtype))
+    tokens = options.cache_tokens or default_cache_tokens(model, models=options.models)
+    least = model.context + 2 * _BLOCK
+    if tokens < least:
+        raise InvalidRequestError(
+            f"--cache-tokens {tokens} is too small: one full context of this model takes {least}", param="cache_tokens"
+        )
+    scorer = TorchScorer(model, pool_tokens=tokens, block_size=_BLOCK)
     secret = options.secret or os.urandom(32)
-    eos_ids = eos_ids_of(model)
-    return EngineCore(model.config, model.tokenizer, scorer, eos_ids=eos_ids, secret=secret), model
+    return EngineCore(model.config, model.tokenizer, scorer, eos_ids=eos_ids_of(model), secret=secret), model
 
 
 def eos_ids_of(model: LengthValueModel) -> tuple[int, ...]:
@@ -143,6 +169,7 @@ class Engine:
             batch_wait_s=settings.batch_wait_ms / 1000,
             max_queue_tokens=settings.max_queue_tokens,
             cache_tokens=settings.cache_tokens,
+            models=len(settings.model),
             stall_s=settings.stall_s,
             secret=secret,
         )
@@ -300,6 +327,9 @@ class Engine:
     def _load(self) -> None:
         since = time.monotonic()
         self._core, self._model = load_core(self.source, self.options)
+        # A long prompt is work, not a stall: on a CPU it takes minutes, in which only the layers show life.
+        for layer in getattr(self._model.decoder, "layers", ()):
+            layer.register_forward_hook(lambda *_: self.batcher.beat())
         self._canary()
         self.loaded_at = time.time()
         logger.info("model %s is ready after %.1f s", self.name, time.monotonic() - since)
@@ -346,7 +376,7 @@ class Engine:
         probe = EngineCore(core.config, core.tokenizer, core.scorer, eos_ids=[core.eos_id], secret=bytes(16))
         for result in probe.run(jobs):
             if not isinstance(result, dict):
-                raise result
+                raise RuntimeError(f"the canary was refused: {result}")  # a new error: no traceback ties states to it
             if not all(value == value for value in result["values"]):  # NaN differs from itself
                 raise ArithmeticError("the model gives NaN: the checkpoint or the device is damaged")
 
@@ -355,7 +385,7 @@ class Engine:
             tokens, held = len(job.prompt_ids) + len(job.completion_ids), 0
         else:
             # How long a session's prefix is, only the thread knows; the context bounds it.
-            held = self.context // 4 if job.prefix.session is not None else 0
+            held = self.core.scorer.context // 4 if job.prefix.session is not None else 0
             tokens = len(job.prefix.token_ids) + (len(job.candidates) if isinstance(job, CandidateJob) else 0)
         wide = 1 << max(0, tokens - 1).bit_length()  # rows of like width are padded to the widest of them
         return Cost(max(1, tokens), wide * (wide + held))
