@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install pull demo serve check test bench clean
+.PHONY: help install pull demo serve stop check test bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,11 +10,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BACKBONE := smollm2-135m-instruct
 SOURCES := models service clients tests benchmarks
+# `make serve PORT=9000 MODEL=NAME_OR_DIR` changes what it serves.
+PORT ?= 8000
+MODEL ?= $(BACKBONE)
+PIDFILE := runs/serve.pid
 # `make bench BENCH=benchmarks/NAME.py` runs one; ARGS goes to it.
 BENCH ?= $(wildcard benchmarks/*.py)
 
 help:
 	@echo "make demo     set up, fetch the backbone, and show what the value model does (about ten minutes)"
+	@echo "make serve    start the service (PORT=8000), leave it running and print a request; make stop ends it"
 	@echo "make test     all tests, on the real backbone"
 	@echo "make check    formatting, lint, types, import rules"
 	@echo "make bench    every script in benchmarks/ (BENCH=benchmarks/NAME.py for one, ARGS=... for its arguments)"
@@ -38,9 +43,24 @@ pull: install
 demo: install
 	$(BIN)/lenvm demo
 
-# Not in the help yet: the HTTP service arrives with the next release.
-serve:
-	@echo "error: the HTTP service arrives with the next release; use lenvm predict, score or generate meanwhile" >&2; exit 1
+# Stays up when make has ended; `make stop` ends it. MODEL and ARGS go to lenvm serve.
+serve: pull
+	@mkdir -p runs
+	@if [ -f $(PIDFILE) ] && kill -0 "$$(cat $(PIDFILE))" 2> /dev/null; then \
+	  echo "error: a service of ours runs already (process $$(cat $(PIDFILE))): make stop first" >&2; exit 1; fi
+	@nohup $(BIN)/lenvm serve --port $(PORT) --model $(MODEL) $(ARGS) > runs/serve.log 2>&1 < /dev/null & echo $$! > $(PIDFILE)
+	@until grep -q "^lenvm is ready" runs/serve.log; do \
+	  kill -0 "$$(cat $(PIDFILE))" 2> /dev/null || { grep "^error" runs/serve.log >&2 || tail -3 runs/serve.log >&2; exit 1; }; \
+	  sleep 0.2; done
+	@grep "^lenvm is ready" runs/serve.log
+	@echo "Try:   curl -s localhost:$(PORT)/predict_length -d '{\"prompt\": \"Why is the sky blue?\"}'"
+	@echo "Docs:  http://localhost:$(PORT)/docs   log: runs/serve.log   stop: make stop"
+
+stop:
+	@[ -f $(PIDFILE) ] || { echo "error: no service was started by make serve" >&2; exit 1; }
+	@kill "$$(cat $(PIDFILE))" 2> /dev/null || true
+	@for i in $$(seq 400); do kill -0 "$$(cat $(PIDFILE))" 2> /dev/null || break; sleep 0.1; done
+	@rm -f $(PIDFILE); echo "stopped"
 
 check: install
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))

@@ -1,0 +1,197 @@
+"""``lenvm serve`` with the real model, over a real socket: what the README promises, batching, and equal tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lenvm.backbones import DEFAULT_BACKBONE
+from lenvm.decoding import Generation, Request, SamplingParams
+from lenvm.guidance import Objective
+from lenvm.guides import ValueGuide
+from lenvm.rollouts.sampling import LocalGenerator
+from lenvm.scoring import TorchScorer
+from lenvm_client import Client, Prediction, RowError
+from lenvm_service.remote import RemoteGuide
+from tests.integration.conftest import ServiceProcess
+
+_VARIES = {"timings_ms", "request_id", "session", "prediction_id", "model_sha"}
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+QUESTION = "Why is the sky blue?"
+PARAMS = SamplingParams(temperature=0.7, top_k=16, max_new_tokens=40)
+MIXED: list[Objective | None] = [
+    Objective(kind="equal_to", target=24),
+    None,
+    Objective(kind="at_most", target=12),
+    Objective(kind="at_least", target=30),
+    Objective(kind="tilt", lambda_=0.02),
+    Objective(kind="scale", factor=0.5),
+    Objective(kind="equal_to", target=16, method="paper"),
+    Objective(kind="equal_to", target=16, method="paper", space="length"),
+]
+
+
+@pytest.fixture(scope="module")
+def client(service: ServiceProcess) -> Any:
+    with Client(service.url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def generator(real_backbone_dir: Path) -> LocalGenerator:
+    return LocalGenerator(DEFAULT_BACKBONE, max_rows=32)
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+
+
+def readme_examples() -> list[tuple[str, str]]:
+    """Pairs of a curl command and the answer printed under it."""
+    return re.findall(r"^    \$ (curl .*(?:\n {6,}.*)*)\n((?:    [{}\[\] ].*\n)+)", README, re.MULTILINE)
+
+
+def _equal(found: Any, printed: Any) -> bool:
+    """Equal to the digits that the README shows, but for what differs from call to call (handles are keyed)."""
+    if isinstance(printed, dict):
+        names = set(printed) - _VARIES
+        return names == set(found) - _VARIES and all(_equal(found[name], printed[name]) for name in names)
+    if isinstance(printed, list):
+        return len(found) == len(printed) and all(map(_equal, found, printed))
+    if isinstance(printed, float):
+        return bool(found == pytest.approx(printed, rel=2e-3, abs=2e-3))
+    return bool(found == printed)
+
+
+def test_the_readme_has_examples() -> None:
+    assert {path for command, _ in readme_examples() for path in re.findall(r"8000(/[a-z_/]+)", command)} >= {
+        "/predict_length",
+        "/score",
+    }
+
+
+def test_the_readmes_curl_examples_answer_as_printed(service: ServiceProcess) -> None:
+    for command, printed in readme_examples():
+        assert "localhost:8000" in command
+        command = command.replace("localhost:8000", service.url.removeprefix("http://"))
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+        assert _equal(json.loads(done.stdout), json.loads(printed)), f"{command}\n{done.stdout}"
+
+
+# -- guided generation over HTTP ---------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_tokens_everywhere(client: Client, generator: LocalGenerator) -> None:
+    """In-process, over HTTP in a batch of 32 with mixed objectives, and over HTTP alone."""
+    scorer = TorchScorer(_value_model())
+    ids = list(client.tokenize(prompt=QUESTION).token_ids)
+    objectives = [MIXED[at % len(MIXED)] for at in range(32)]
+    requests = [Request(ids, seed) for seed in range(32)]
+
+    def tokens(answers: list[Generation]) -> list[tuple[list[int], bool]]:
+        return [(answer.token_ids, answer.finished) for answer in answers]
+
+    local = generator.sampler.generate(requests, PARAMS, guide=ValueGuide(scorer, objectives))
+    batched = generator.sampler.generate(requests, PARAMS, guide=RemoteGuide(client, objectives))
+    assert tokens(batched) == tokens(local)
+    for at in range(len(MIXED)):
+        (alone,) = generator.sampler.generate([requests[at]], PARAMS, guide=RemoteGuide(client, [objectives[at]]))
+        assert tokens([alone]) == tokens([local[at]])
+        assert alone.text_cost == pytest.approx(local[at].text_cost, abs=1e-3)
+    assert len({tuple(answer.token_ids) for answer in local}) > 16
+
+
+def _value_model() -> Any:
+    from lenvm.modeling import LengthValueModel
+
+    return LengthValueModel.from_pretrained(DEFAULT_BACKBONE)
+
+
+def test_the_command_line_over_http_says_what_it_says_in_process(service: ServiceProcess) -> None:
+    def run(*arguments: str) -> Any:
+        command = [sys.executable, "-m", "lenvm_service.cli", *arguments, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    generate = ("generate", QUESTION, "--equal-to", "12", "--seed", "5", "--max-new-tokens", "40")
+    here, there = run(*generate), run(*generate, "--url", service.url)
+    assert there["generations"][0]["token_ids"] == here["generations"][0]["token_ids"]
+    score = ("score", QUESTION, "--completion", "Because of the air.", "--eos")
+    here, there = run(*score), run(*score, "--url", service.url)
+    assert there["scores"][0]["tokens"] == here["scores"][0]["tokens"]
+    assert there["scores"][0]["values"] == pytest.approx(here["scores"][0]["values"], abs=1e-4)
+    here, there = run("predict", QUESTION), run("predict", QUESTION, "--url", service.url)
+    assert there["predictions"][0]["quantiles"] == here["predictions"][0]["quantiles"]
+    assert there["predictions"][0]["mean"] == pytest.approx(here["predictions"][0]["mean"], rel=1e-3)
+
+
+def test_cached_tokens_grow_by_one_a_guided_step(client: Client) -> None:
+    ids = list(client.tokenize(prompt="Name three rivers.").token_ids)
+    objective = {"kind": "equal_to", "target": 30}
+    row: dict[str, Any] = {"token_ids": ids}
+    cached = []
+    for step in range(6):
+        (score,) = client.score(
+            [{**row, "candidates": [504, 378, 2], "generated": step, "objective": objective}]
+        ).scores
+        assert not isinstance(score, RowError)
+        cached.append(score.cached_tokens)  # type: ignore[union-attr]
+        row = {"session": score.session, "append": [504 if step % 2 else 378]}  # type: ignore[union-attr]
+    assert cached == [0, *range(len(ids) + 1, len(ids) + 6)]
+
+
+# -- batching and bad rows ---------------------------------------------------------------------------------------------
+
+
+def test_32_concurrent_requests_share_forwards(service: ServiceProcess) -> None:
+    forwards = service.metric("lenvm_forwards_total")
+
+    def ask(at: int) -> Prediction:
+        with Client(service.url, timeout=60) as own:
+            return own.predict_length(f"What is {at} times {at + 7}?").prediction
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(ask, range(32)))
+    assert len({prediction.session for prediction in found}) == 32
+    assert all(prediction.cached_tokens == 0 for prediction in found)
+    assert service.metric("lenvm_forwards_total") - forwards <= 4
+
+
+def test_one_bad_row_of_64(client: Client) -> None:
+    inputs: list[Any] = [{"prompt": f"Say {at}."} for at in range(64)]
+    inputs[17] = {"prompt": "x", "token_ids": [1]}
+    answer = client.predict_length(inputs)
+    errors = [row for row in answer.predictions if isinstance(row, RowError)]
+    assert [(row.index, row.type) for row in errors] == [(17, "invalid_request")]
+    assert sum(isinstance(row, Prediction) for row in answer.predictions) == 63
+
+
+def test_feedback_reaches_the_metrics(service: ServiceProcess, client: Client) -> None:
+    prediction = client.predict_length("Tell me a joke.").prediction
+    before = service.metric("lenvm_feedback_total", finish_reason="stop")
+    answer = client.feedback(
+        {"prediction_id": prediction.prediction_id, "generated_tokens": 40, "finish_reason": "stop"}
+    )
+    assert answer.accepted == 1
+    assert service.metric("lenvm_feedback_total", finish_reason="stop") == before + 1
+
+
+def test_metrics_of_every_part_are_there(service: ServiceProcess) -> None:
+    for name in (
+        "lenvm_requests_total",
+        "lenvm_request_duration_seconds_count",
+        "lenvm_queue_wait_seconds_count",
+        "lenvm_batch_rows_count",
+        "lenvm_tokens_total",
+        "lenvm_sessions",
+        "lenvm_guidance_rows_total",
+        "lenvm_engine_ready",
+    ):
+        assert service.metric(name) > 0, name
