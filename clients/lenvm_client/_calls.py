@@ -98,7 +98,9 @@ def feedback(
     items: FeedbackItem | Mapping[str, Any] | Iterable[FeedbackItem | Mapping[str, Any]], model: str | None
 ) -> Call[FeedbackResponse]:
     rows = [items] if isinstance(items, FeedbackItem | Mapping) else list(items)
-    return make_call("POST", "/feedback", FeedbackResponse, {"items": rows, "model": model}, rows_field="results")
+    body = {"items": rows, "model": model}
+    # Sent twice, an answer would count twice.
+    return make_call("POST", "/feedback", FeedbackResponse, body, rows_field="results", repeatable=False)
 
 
 MODELS = make_call("GET", "/v1/models", ModelList)

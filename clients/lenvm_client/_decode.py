@@ -3,25 +3,28 @@ service may send more), and whatever else does not fit is a BadAnswerError that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar, cast
 
 from lenvm_client._types import RowError
 from lenvm_client.errors import BadAnswerError
 
 T = TypeVar("T")
+Converter: TypeAlias = Callable[[Any, str], Any]  # a JSON value and its path -> what the field holds
 
 
 def load_json(content: bytes) -> Any:
     """Strict JSON: NaN and infinities are no numbers of it. Raises BadAnswerError."""
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
+        raise _no_number(f"the answer is not JSON: it holds {name}")
 
     try:
         return json.loads(content, parse_constant=refuse)
@@ -36,68 +39,108 @@ def decode(cls: type[T], data: Any, path: str = "answer") -> T:
     if cls is cast(Any, RowError) and isinstance(data.get("error"), Mapping):
         data = {**data["error"], "index": data.get("index")}
     values = {}
-    for name, (hint, required) in _fields(cast(Any, cls)).items():
+    for name, (convert, required) in _fields(cast(Any, cls)).items():
         value = data.get(name)
         if value is not None:
-            values[name] = _convert(hint, value, f"{path}.{name}")
+            values[name] = convert(value, f"{path}.{name}")
         elif required:
             raise BadAnswerError(f"{path} has no {name}: client and service versions may not fit")
     return cls(**values)
 
 
 @functools.cache
-def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
+def _fields(cls: Any) -> dict[str, tuple[Converter, bool]]:
+    """Of each field: what reads it, and whether it must be there."""
     hints = typing.get_type_hints(cls)
     missing = dataclasses.MISSING
     return {
-        field.name: (hints[field.name], field.default is missing and field.default_factory is missing)
+        field.name: (_converter(hints[field.name]), field.default is missing and field.default_factory is missing)
         for field in dataclasses.fields(cls)
     }
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _converter(hint: Any) -> Converter:
+    """Type hints are taken apart once, not for each of the thousands of numbers of a step."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return _anything
     if origin in (types.UnionType, typing.Union):
-        return _union([kind for kind in arguments if kind is not type(None)], value, path)
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        return _converter(kinds[0]) if len(kinds) == 1 else functools.partial(_union, kinds)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise _unfit(path, "a list", value)
-        return tuple(_convert(arguments[0], item, f"{path}[{at}]") for at, item in enumerate(value))
+        return functools.partial(_tuple, arguments[0], _converter(arguments[0]))
     if origin is not None:  # Mapping[str, X]
-        if not isinstance(value, dict):
-            raise _unfit(path, "an object", value)
-        return {key: _convert(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+        return functools.partial(_mapping, _converter(arguments[1]))
     if dataclasses.is_dataclass(hint):
-        return decode(cast(type[Any], hint), value, path)
+        return functools.partial(decode, cast(type[Any], hint))
+    return functools.partial(_number if hint in (int, float) else _plain, hint)
+
+
+def _tuple(kind: Any, convert: Converter, value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _unfit(path, "a list", value)
+    if kind in (int, float) and set(map(type, value)) == {kind}:
+        with contextlib.suppress(OverflowError):  # an integer that no float can hold: refused below, by its place
+            if all(map(math.isfinite, value)):
+                return tuple(value)
+    return tuple(convert(item, f"{path}[{at}]") for at, item in enumerate(value))
+
+
+def _mapping(convert: Converter, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _unfit(path, "an object", value)
+    return {key: convert(item, f"{path}.{key}") for key, item in value.items()}
+
+
+def _number(kind: type[int] | type[float], value: Any, path: str) -> int | float:
     # A boolean is an int to Python, but no number to the contract.
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and number:
-        return float(value)
-    if hint is int and number and int(value) == value:
-        return int(value)
-    if hint in (str, bool) and isinstance(value, hint):
-        return value
-    raise _unfit(path, hint.__name__, value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _unfit(path, kind.__name__, value)
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise _no_number(f"{path} is not a finite number")
+    if kind is int and int(value) != value:
+        raise _unfit(path, "int", value)
+    return kind(value)
+
+
+def _plain(kind: type[Any], value: Any, path: str) -> Any:
+    if not isinstance(value, kind):
+        raise _unfit(path, kind.__name__, value)
+    return value
+
+
+def _anything(value: Any, path: str) -> Any:
+    """Any JSON whose numbers are finite: some of it is sent back (a resolved objective)."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _number(float, value, path)
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        _anything(item, f"{path}.{key}")
+    return value
 
 
 def _union(kinds: list[Any], value: Any, path: str) -> Any:
     """One of several row types: an error, or the first whose required fields are all there."""
-    if len(kinds) == 1:
-        return _convert(kinds[0], value, path)
     if not isinstance(value, Mapping):
         raise _unfit(path, "an object", value)
     if value.get("error") is not None:
         return decode(RowError, value, path)
     rows = [kind for kind in kinds if kind is not RowError]
-    fitting = [
+    fitting = (
         kind
         for kind in rows
         if all(value.get(name) is not None for name, (_, required) in _fields(kind).items() if required)
-    ]
-    return decode((fitting or rows)[0], value, path)
+    )
+    return decode(next(fitting, rows[0]), value, path)
 
 
 def _unfit(path: str, wanted: str, value: Any) -> BadAnswerError:
     return BadAnswerError(f"{path} should be {wanted}, is {value!r:.80}: client and service versions may not fit")
+
+
+def _no_number(what: str) -> BadAnswerError:
+    # Such an answer is of the contract but for its numbers: the right service, in trouble that may pass.
+    return BadAnswerError(f"{what}: the service has a numerical problem", retryable=True)

@@ -231,6 +231,34 @@ class ScoreResponse:
     timings_ms: Timings | None = None
     request_id: str | None = None
 
+    def __iter__(self) -> Iterator[TokenScores | CandidateScores]:
+        """The scores; raises the typed error at the first row that failed."""
+        for row in self.scores:
+            if isinstance(row, RowError):
+                raise row.to_exception()
+            yield row
+
+    @property
+    def completion(self) -> TokenScores:
+        """The scores of a call with one completion; raises its error where it failed, ValueError for other calls."""
+        row = self._single()
+        if not isinstance(row, TokenScores):
+            raise ValueError("the input was no completion: use .candidates")
+        return row
+
+    @property
+    def candidates(self) -> CandidateScores:
+        """The scores of a call with one row of candidates; raises its error where it failed, ValueError for others."""
+        row = self._single()
+        if not isinstance(row, CandidateScores):
+            raise ValueError("the input had no candidates: use .completion")
+        return row
+
+    def _single(self) -> TokenScores | CandidateScores:
+        if len(self.scores) != 1:
+            raise ValueError(f"the answer has {len(self.scores)} rows: use .scores")
+        return next(iter(self))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeResponse:

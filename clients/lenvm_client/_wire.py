@@ -54,11 +54,16 @@ T = TypeVar("T")
 Input: TypeAlias = str | Mapping[str, Any] | PredictInput | CompletionInput | CandidateInput | FeedbackItem
 
 _RETRIED_STATUS = frozenset({429, 502, 503, 504})
+_TURNED_AWAY = frozenset({429, 503})  # before any work was done
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request of the contract; ``rows`` is how many rows the answer's list ``rows_field`` must have."""
+    """One request of the contract; ``rows`` is how many rows the answer's list ``rows_field`` must have.
+
+    ``repeatable``: made twice it does what it does once, so that it may be made again when nobody knows whether the
+    first one arrived.
+    """
 
     method: str
     path: str
@@ -66,6 +71,7 @@ class Call(Generic[T]):
     content: bytes | None = None
     rows_field: str | None = None
     rows: int = 0
+    repeatable: bool = True
 
     def read(self, reply: Reply) -> T:
         """The typed answer. Raises the typed error of an error answer, BadAnswerError for what is neither."""
@@ -117,7 +123,8 @@ class Wait:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When a call is made again: every call is idempotent (a session is an immutable handle), POST or not.
+    """When a call is made again. POST or not, a call is idempotent (a session is an immutable handle) unless it says
+    that it is not ``repeatable``: then only where the request did not leave, or was turned away (429, 503).
 
     Back-off is exponential with full jitter: a uniform draw up to ``min(max_backoff_s, backoff_s * 2 ** attempt)``,
     on top of what the service asked for (Retry-After). ``total_s`` bounds all attempts and waits of a call.
@@ -129,9 +136,13 @@ class RetryPolicy:
     backoff_s: float = 0.25
     max_backoff_s: float = 8.0
 
-    def wait(self, attempt: int, error: LenVMClientError, left_s: float | None, draw: float) -> float | None:
+    def wait(
+        self, attempt: int, error: LenVMClientError, left_s: float | None, draw: float, *, repeatable: bool = True
+    ) -> float | None:
         """Seconds to wait after failure ``attempt`` (from 0), or None to give up. ``draw`` is uniform in [0, 1)."""
         if attempt >= self.max_retries or not self._may_retry(error):
+            return None
+        if not repeatable and error.sent and error.status not in _TURNED_AWAY:
             return None
         wait = draw * min(self.max_backoff_s, self.backoff_s * 2.0**attempt) + (error.retry_after_s or 0.0)
         return wait if left_s is None or wait < left_s else None
@@ -161,7 +172,7 @@ def exchange(
             assert reply is not None
             return call.read(reply)
         except LenVMClientError as error:
-            wait = policy.wait(attempt, error, left(), draw())
+            wait = policy.wait(attempt, error, left(), draw(), repeatable=call.repeatable)
             if wait is None:
                 raise
         attempt += 1
@@ -171,7 +182,13 @@ def exchange(
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests
 def make_call(
-    method: str, path: str, answer: type[T], body: Mapping[str, Any] | None = None, *, rows_field: str | None = None
+    method: str,
+    path: str,
+    answer: type[T],
+    body: Mapping[str, Any] | None = None,
+    *,
+    rows_field: str | None = None,
+    repeatable: bool = True,
 ) -> Call[T]:
     """A call; fields of ``body`` that are None are left out. Raises InvalidRequestError for what JSON cannot carry."""
     if body is None:
@@ -179,7 +196,7 @@ def make_call(
     fields = {name: plain for name, value in body.items() if (plain := _plain(value)) is not None}
     rows = next((len(fields[name]) for name in ("inputs", "items") if name in fields), 1)
     content = _dump(fields)
-    return Call(method, path, answer, content, rows_field, rows)
+    return Call(method, path, answer, content, rows_field, rows, repeatable)
 
 
 def input_rows(inputs: Input | Iterable[Input], rows: type[PredictInput] | type[CompletionInput]) -> dict[str, Any]:
@@ -321,6 +338,6 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, OverflowError, OSError):  # the last: years that the platform cannot count
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -13,6 +12,7 @@ import httpx2
 
 from lenvm_client import _calls as calls
 from lenvm_client._calls import Inputs, ScoreInputs
+from lenvm_client._http import Base, Timeout, reply_of, settings, too_slow, transport_error
 from lenvm_client._types import (
     CandidateInput,
     CandidateScores,
@@ -27,105 +27,16 @@ from lenvm_client._types import (
     ServiceInfo,
     TokenizeResponse,
 )
-from lenvm_client._wire import Call, Reply, RetryPolicy, Send, Wait, candidate_scores, exchange
-from lenvm_client.errors import (
-    BadAnswerError,
-    InvalidRequestError,
-    LenVMClientError,
-    ServiceTimeoutError,
-    ServiceUnreachableError,
-)
+from lenvm_client._wire import Call, Reply, RetryPolicy, Send, Wait, candidate_scores
+from lenvm_client.errors import LenVMClientError
 
 __all__ = ["AsyncClient", "Client"]
 
 T = TypeVar("T")
-Timeout: TypeAlias = float | httpx2.Timeout | None
 Generator_: TypeAlias = str | Mapping[str, Any]
 
 
-class _Base:
-    """Settings, and all that needs no input or output."""
-
-    def __init__(
-        self, model: str | None, timeout: Timeout, total_timeout: float | None, max_retries: int, retry_timeouts: bool
-    ) -> None:
-        if max_retries < 0:
-            raise InvalidRequestError(f"max_retries must be at least 0, got {max_retries}", param="max_retries")
-        self.model = model
-        self.timeout = httpx2.Timeout(timeout)
-        self.policy = RetryPolicy(max_retries=max_retries, retry_timeouts=retry_timeouts, total_s=total_timeout)
-        # Seams of the tests.
-        self._clock = time.monotonic
-        self._draw = random.random
-
-    def _exchange(self, call: Call[T], policy: RetryPolicy | None = None) -> Generator[Send | Wait, Reply | None, T]:
-        return exchange(call, policy or self.policy, clock=self._clock, draw=self._draw)
-
-    def _request(self, call: Call[Any], send: Send, request_id: str | None, timeout: Timeout) -> dict[str, Any]:
-        """Arguments of the HTTP library. No phase of an attempt may outlast what is left of the total time."""
-        headers = {} if call.content is None else {"content-type": "application/json"}
-        if request_id is not None:
-            headers["x-request-id"] = _header_value(request_id, "request_id")
-        phases = (self.timeout if timeout is None else httpx2.Timeout(timeout)).as_dict()
-        if send.left_s is not None:
-            left = max(send.left_s, 1e-3)
-            phases = {name: left if value is None else min(value, left) for name, value in phases.items()}
-        return {
-            "method": call.method,
-            "url": call.path,
-            "content": call.content,
-            "headers": headers,
-            "timeout": httpx2.Timeout(**phases),
-        }
-
-
-def _settings(base_url: str, api_key: str | None, headers: Mapping[str, str] | None) -> dict[str, Any]:
-    import lenvm_client
-
-    try:
-        url = httpx2.URL(base_url)
-    except (httpx2.InvalidURL, TypeError) as error:
-        raise InvalidRequestError(f"base_url is not a URL: {error}", param="base_url") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        message = f"base_url must look like http://127.0.0.1:8000, not {base_url!r}"
-        raise InvalidRequestError(message, param="base_url")
-    sent = {"user-agent": f"lenvm-client/{lenvm_client.__version__}", "accept": "application/json"}
-    if api_key is not None:
-        sent["authorization"] = f"Bearer {_header_value(api_key, 'api_key')}"
-    sent.update(headers or {})
-    return {"base_url": url, "headers": sent}
-
-
-def _header_value(value: str, name: str) -> str:
-    # Checked here, because the HTTP library would quote the key in its message.
-    if not value.isascii() or not value.isprintable() or value != value.strip():
-        raise InvalidRequestError(f"{name} must be printable ASCII without spaces around it", param=name)
-    return value
-
-
-def _reply(response: httpx2.Response) -> Reply:
-    headers = {name.lower(): value for name, value in response.headers.items()}
-    return Reply(response.status_code, headers, response.content)
-
-
-def _transport_error(error: Exception) -> LenVMClientError:
-    """What the HTTP library raised, as one of ours."""
-    said = str(error) or type(error).__name__
-    if isinstance(error, httpx2.TimeoutException):
-        ours: LenVMClientError = ServiceTimeoutError(
-            f"no answer in time ({type(error).__name__}): raise timeout, or send fewer inputs"
-        )
-    elif isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
-        ours = ServiceUnreachableError(f"cannot be sent: {said}", retryable=False)
-    elif isinstance(error, httpx2.TransportError):
-        ours = ServiceUnreachableError(f"the service cannot be reached ({said}): is it running?")
-    else:
-        ours = BadAnswerError(f"the answer cannot be read: {said}")
-    ours.__cause__ = error
-    return ours
-
-
-class Client(_Base):
+class Client(Base):
     """A blocking client of one service. Thread-safe; close it, or use it in a ``with`` block.
 
     Args:
@@ -133,12 +44,15 @@ class Client(_Base):
         model: name of the model for every call; None is the service's first.
         api_key: sent as ``Authorization: Bearer``.
         timeout: seconds for each phase (connect, write, read, pool) of one attempt, or an ``httpx2.Timeout``.
-        total_timeout: seconds for all attempts and waits of a call; None is no bound.
+        total_timeout: seconds for all attempts and waits of a call; None is no bound. ``Client`` looks at the clock
+            whenever a piece of the answer's body came, so that one more silent read may be added (at most ``timeout``);
+            ``AsyncClient`` is exact.
         max_retries: further attempts after a failure that may pass: connection failed or broken, and 429, 502, 503, 504
-            that are marked ``retryable``.
+            that are marked ``retryable``. ``feedback`` counts twice what it is told twice: it is made again only where
+            nothing was sent, or after 429 and 503.
         retry_timeouts: also after a time-out.
         transport: an ``httpx2`` transport, e.g. ``MockTransport``.
-        headers: sent with every request.
+        headers: sent with every request; printable ASCII.
 
     Every call takes ``request_id`` (sent as ``x-request-id``; the answer's own is in ``answer.request_id``) and
     ``timeout`` (for this call). All raise the errors of ``lenvm_client.errors``.
@@ -158,7 +72,7 @@ class Client(_Base):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(model, timeout, total_timeout, max_retries, retry_timeouts)
-        self._http = httpx2.Client(transport=transport, **_settings(base_url, api_key, headers))
+        self._http = httpx2.Client(transport=transport, **settings(base_url, api_key, headers))
         self._sleep = time.sleep
 
     def close(self) -> None:
@@ -184,15 +98,28 @@ class Client(_Base):
             if isinstance(step, Wait):
                 self._sleep(step.seconds)
             else:
+                request = self._request(call, step, request_id, timeout)
                 try:
-                    reply = _reply(self._http.request(**self._request(call, step, request_id, timeout)))
+                    reply = self._send(step, request)
                 except httpx2.HTTPError as error:
-                    failure = _transport_error(error)
+                    failure = transport_error(error)
+                except LenVMClientError as error:
+                    failure = error
             try:
                 step = flow.send(reply) if failure is None else flow.throw(failure)
             except StopIteration as stop:
                 answer: T = stop.value
                 return answer
+
+    def _send(self, step: Send, request: dict[str, Any]) -> Reply:
+        # A server that sends a byte now and then keeps every phase short: only this clock ends it.
+        started, parts = self._clock(), []
+        with self._http.stream(**request) as response:
+            for part in response.iter_bytes():
+                parts.append(part)
+                if step.left_s is not None and self._clock() - started > step.left_s:
+                    raise too_slow()
+        return reply_of(response, b"".join(parts))
 
     def predict_length(
         self,
@@ -312,7 +239,7 @@ class Client(_Base):
         return True
 
 
-class AsyncClient(_Base):
+class AsyncClient(Base):
     """The asynchronous twin of ``Client`` (asyncio): same arguments, same calls, awaited."""
 
     def __init__(
@@ -329,7 +256,7 @@ class AsyncClient(_Base):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(model, timeout, total_timeout, max_retries, retry_timeouts)
-        self._http = httpx2.AsyncClient(transport=transport, **_settings(base_url, api_key, headers))
+        self._http = httpx2.AsyncClient(transport=transport, **settings(base_url, api_key, headers))
         self._sleep = asyncio.sleep
 
     async def close(self) -> None:
@@ -355,10 +282,15 @@ class AsyncClient(_Base):
             if isinstance(step, Wait):
                 await self._sleep(step.seconds)
             else:
+                request = self._request(call, step, request_id, timeout)
                 try:
-                    reply = _reply(await self._http.request(**self._request(call, step, request_id, timeout)))
+                    async with asyncio.timeout(step.left_s):
+                        response = await self._http.request(**request)
+                    reply = reply_of(response, response.content)
+                except TimeoutError:
+                    failure = too_slow()
                 except httpx2.HTTPError as error:
-                    failure = _transport_error(error)
+                    failure = transport_error(error)
             try:
                 step = flow.send(reply) if failure is None else flow.throw(failure)
             except StopIteration as stop:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 __all__ = [
     "BadAnswerError",
     "ContextTooLongError",
@@ -23,14 +25,20 @@ __all__ = [
 ]
 
 
+# Nobody waits longer because a server said so.
+LONGEST_RETRY_AFTER_S = 3600.0
+
+
 class LenVMClientError(Exception):
     """Base of every error that this library raises on purpose. The message is one line and says what to do.
 
-    ``retryable`` says whether the same call may go through later, ``retry_after_s`` when, where the service told.
-    ``status`` is the HTTP status and ``request_id`` the service's name of the request, None where there was no answer.
+    ``retryable`` says whether the same call may go through later, ``retry_after_s`` when, where the service told (0 to
+    an hour). ``status`` is the HTTP status and ``request_id`` the service's name of the request, None where there was
+    no answer. ``sent`` is False where it is certain that the request never left.
     """
 
     retryable: bool = False
+    sent: bool = True
 
     def __init__(
         self,
@@ -43,7 +51,8 @@ class LenVMClientError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.retry_after_s = retry_after_s
+        known = retry_after_s is not None and math.isfinite(retry_after_s)
+        self.retry_after_s = min(max(retry_after_s or 0.0, 0.0), LONGEST_RETRY_AFTER_S) if known else None
         self.status = status
         self.request_id = request_id
         if retryable is not None:

@@ -6,18 +6,18 @@ or vanish. It does no input or output: ``_flow`` asks for scores, and the blocki
 
 from __future__ import annotations
 
-import hashlib
-import json
+import asyncio
 import math
 import time
-from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, Protocol, TypeAlias
 
+from lenvm_client._state import Lineage, Live, Recent, Record, Tally, digests, objective_key
 from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow, log_sum, uniform
 from lenvm_client._types import CandidateInput, CandidateScorer, CandidateScores, RowError
+from lenvm_client._wire import Wait
 from lenvm_client.errors import (
     BadAnswerError,
     ContextTooLongError,
@@ -26,6 +26,7 @@ from lenvm_client.errors import (
     ModelNotFoundError,
     PayloadTooLargeError,
     ServiceError,
+    ServiceUnreachableError,
     UnauthorizedError,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
 
 FORCED_STOP_LOGPROB = math.log(1e-3)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+ROW_RETRIES = 2
 
 # No waiting cures these: before a row's first guided step they are raised, whatever on_error says.
 _HOPELESS = (
@@ -52,11 +54,9 @@ _HOPELESS = (
     ContextTooLongError,
 )
 
-K = TypeVar("K")
-V = TypeVar("V")
 Answers: TypeAlias = Sequence[CandidateScores | RowError]
-Flow: TypeAlias = Generator[list[CandidateInput], Answers, list[WeightedRow]]
-Lineage: TypeAlias = tuple[bytes, str]  # digest of a prefix, objective
+Flow: TypeAlias = Generator[list[CandidateInput] | Wait, Answers | None, list[WeightedRow]]
+Batch: TypeAlias = tuple[list[Live], list[CandidateInput]]
 
 
 class AsyncCandidateScorer(Protocol):
@@ -64,62 +64,6 @@ class AsyncCandidateScorer(Protocol):
 
     async def score_candidates(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
         """Answers aligned with ``rows``. Raises LenVMClientError where the call as a whole failed."""
-
-
-class _Recent(Generic[K, V]):
-    """A dict that forgets what was not used for longest."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._items: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        if key not in self._items:
-            return None
-        self._items.move_to_end(key)
-        return self._items[key]
-
-    def put(self, key: K, value: V) -> None:
-        self._items[key] = value
-        self._items.move_to_end(key)
-        while len(self._items) > self._size:
-            self._items.popitem(last=False)
-
-    def drop(self, key: K) -> None:
-        self._items.pop(key, None)
-
-
-@dataclass(frozen=True)
-class _Tally:
-    report: RowReport = field(default_factory=RowReport)
-    given_up: bool = False  # the service will never take this row again (e.g. its context is full)
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What a prefix's children need to know: its tally, what each choice costs, and whether an EOS is a forced stop."""
-
-    tally: _Tally
-    costs: Mapping[int, float]
-    forced: bool
-
-
-@dataclass(eq=False)
-class _Live:
-    """A row that is still going, within one step."""
-
-    at: int
-    row: GuidedRow
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    parent: bytes
-    digest: bytes
-    lineage: Lineage
-    tally: _Tally
-    weights: tuple[float, ...] | None = None
-    used: bytes | None = None  # the prefix whose session was sent
-    boundary: bool = False  # asked for the prompt, only to resolve a scale
-    resent: bool = False
 
 
 class _Core:
@@ -143,9 +87,9 @@ class _Core:
         self.on_error = on_error
         self.max_batch_rows = max_batch_rows
         self.max_body_bytes = max_body_bytes
-        self._sessions: _Recent[bytes, str] = _Recent(max_prefixes)
-        self._records: _Recent[Lineage, _Record] = _Recent(max_prefixes)
-        self._tilts: _Recent[Lineage, Mapping[str, Any]] = _Recent(max_prefixes)
+        self._sessions: Recent[bytes, str] = Recent(max_prefixes)
+        self._records: Recent[Lineage, Record] = Recent(max_prefixes)
+        self._tilts: Recent[Lineage, Mapping[str, Any]] = Recent(max_prefixes)
         self._pause, self._resume_at = FIRST_PAUSE_S, -math.inf
         self._clock = time.monotonic  # a seam of the tests
         self.start()
@@ -165,15 +109,19 @@ class _Core:
         return GuidanceReport(reports, self._calls, self._seconds, dict(self._errors))
 
     def _flow(self, rows: Sequence[GuidedRow]) -> Flow:
-        """One step: yields rows to score, is sent the answers or thrown their error, returns the weighted rows."""
+        """One step: yields rows to score, is sent the answers or thrown their error, returns the weighted rows. After a
+        ``Wait`` it is sent None."""
         live = [self._enter(at, row) for at, row in enumerate(rows) if not row.finished]
         for row in rows:
             if row.finished:
                 self._tally(row, ended=True)  # keeps its record from being forgotten before the report
         resting = self.on_error == "passthrough" and self._clock() < self._resume_at
         wanted = [x for x in live if x.row.objective is not None and x.ids and not x.tally.given_up and not resting]
-        batches = self._batches(wanted)
-        while batches:
+        batches, later = self._batches(wanted), list[Live]()
+        while batches or later:
+            if not batches:
+                yield Wait(max(x.wait_s for x in later))
+                batches, later = self._batches(later), []
             batch, inputs = batches.pop(0)
             started = self._clock()
             try:
@@ -182,16 +130,20 @@ class _Core:
                 finally:
                     self._calls += 1
                     self._seconds += self._clock() - started
-                again = self._accept(batch, inputs, answers)
+                again = self._accept(batch, inputs, answers or ())
             except LenVMClientError as error:
                 self._fail(batch, error)
                 break
             self._pause, self._resume_at = FIRST_PAUSE_S, -math.inf
-            batches += self._batches(again)
+            later += [x for x in again if x.wait_s]
+            batches += self._batches([x for x in again if not x.wait_s])
+        asked = max((x.wait_s for x in wanted if x.weights is None), default=0.0)
+        if asked:  # by rows of calls that went well themselves
+            self._resume_at = max(self._resume_at, self._clock() + asked)
         weighted = {x.at: self._leave(x) for x in live}
         return [weighted.get(at) or WeightedRow((), (), ()) for at in range(len(rows))]
 
-    def _enter(self, at: int, row: GuidedRow) -> _Live:
+    def _enter(self, at: int, row: GuidedRow) -> Live:
         if len(row.candidates) != len(row.logprobs) or not len(row.prefix):
             raise InvalidRequestError(f"row {at} needs a prefix, and as many logprobs as candidates", param="logprobs")
         if row.objective is not None and not isinstance(row.objective, Mapping):
@@ -204,31 +156,32 @@ class _Core:
         kept = {token: logprob for token, logprob in chances.items() if logprob != -math.inf}
         if not all(math.isfinite(logprob) for logprob in kept.values()):
             raise InvalidRequestError(f"row {at} has a log-prob that is NaN or +inf", param="logprobs")
-        parent, digest = _digests(row.prefix)
-        lineage = (digest, _objective_key(row.objective))
-        ids, logprobs = tuple(kept), tuple(kept.values())
-        return _Live(at, row, ids, logprobs, parent, digest, lineage, self._tally(row, ended=False, parent=parent))
+        parent, digest = digests(row.prefix)
+        key = objective_key(row.objective)
+        tally = self._tally(row, ended=False, parent=(parent, key))
+        return Live(at, row, tuple(kept), tuple(kept.values()), parent, digest, (digest, key), tally)
 
-    def _tally(self, row: GuidedRow, *, ended: bool, parent: bytes | None = None) -> _Tally:
+    def _tally(self, row: GuidedRow, *, ended: bool, parent: Lineage | None = None) -> Tally:
         """The tally up to and with the last token of ``row.prefix``."""
         last = int(row.prefix[-1]) if len(row.prefix) else -1
         if row.generated == 0 and not (ended and last in self.end_ids):
-            return _Tally()  # nothing is generated yet; an older generation may have passed here
-        record = self._records.get((parent or _digests(row.prefix)[0], _objective_key(row.objective)))
+            return Tally()  # nothing is generated yet; an older generation may have passed here
+        record = self._records.get(parent or (digests(row.prefix)[0], objective_key(row.objective)))
         if record is None:
-            return _Tally()
+            return Tally()
         # A token that was no candidate was not drawn from q: its cost cannot be told.
         cost = record.tally.report.text_cost + record.costs.get(last, math.nan)
         forced = record.forced and last in self.end_ids
         return replace(record.tally, report=replace(record.tally.report, text_cost=cost, forced_stop=forced))
 
-    def _batches(self, rows: Sequence[_Live]) -> list[tuple[list[_Live], list[CandidateInput]]]:
+    def _batches(self, rows: Sequence[Live]) -> list[Batch]:
         """All rows in one call, unless that passes the service's limits."""
-        batches: list[tuple[list[_Live], list[CandidateInput]]] = []
+        batches: list[Batch] = []
         size = 0
         for x in rows:
             item = self._input(x)
-            bytes_ = 512 + 8 * len(item.token_ids or ()) + 40 * len(x.ids)  # an upper guess
+            # An upper guess.
+            bytes_ = 512 + 8 * (len(item.token_ids or ()) + len(self.end_ids)) + 40 * len(x.ids)
             if not batches or len(batches[-1][0]) >= self.max_batch_rows or size + bytes_ > self.max_body_bytes:
                 batches.append(([], []))
                 size = 0
@@ -237,15 +190,15 @@ class _Core:
             size += bytes_
         return batches
 
-    def _input(self, x: _Live) -> CandidateInput:
+    def _input(self, x: Live) -> CandidateInput:
         row, objective, prefix, digest = x.row, x.row.objective, x.row.prefix, x.digest
         generated = row.generated
         if objective is not None and objective.get("kind") == "scale" and generated > 0:
             prompt = prefix[: len(prefix) - generated]
-            prompt_digest = _digests(prompt)[1]
-            tilt = self._tilts.get((prompt_digest, x.lineage[1]))
+            x.prompt = x.prompt or digests(prompt)[1]
+            tilt = self._tilts.get((x.prompt, x.lineage[1]))
             if tilt is None:  # its first step was lost: this one resolves it, the next is guided
-                x.boundary, generated, prefix, digest = True, 0, prompt, prompt_digest
+                x.boundary, generated, prefix, digest = True, 0, prompt, x.prompt
             else:
                 objective = tilt
         common: dict[str, Any] = {
@@ -267,12 +220,14 @@ class _Core:
         x.used = None
         return CandidateInput(token_ids=[int(token) for token in prefix], **common)
 
-    def _accept(self, batch: Sequence[_Live], inputs: Sequence[CandidateInput], answers: Answers) -> list[_Live]:
-        """Take the answers in; returns the rows whose session is gone, to be sent whole."""
+    def _accept(self, batch: Sequence[Live], inputs: Sequence[CandidateInput], answers: Answers) -> list[Live]:
+        """Take the answers in; returns the rows to be sent again: whole, where the session is gone; after ``wait_s``,
+        where the error may pass."""
         if len(answers) != len(batch):
             raise BadAnswerError(f"{len(batch)} rows were sent, {len(answers)} answers came back")
         again = []
         for x, sent, answer in zip(batch, inputs, answers, strict=True):
+            x.wait_s = 0.0
             if isinstance(answer, RowError):
                 if answer.type == "prefix_unknown" and x.used is not None:
                     self._sessions.drop(x.used)
@@ -280,14 +235,13 @@ class _Core:
                     report = replace(x.tally.report, prefix_resends=x.tally.report.prefix_resends + 1)
                     x.tally = replace(x.tally, report=report)
                     again.append(x)
-                else:
-                    self._fail_row(x, answer.to_exception())
+                elif self._fail_row(x, answer.to_exception()):
+                    again.append(x)
                 continue
             weights = answer.log_weights
             if weights is None or len(weights) != len(x.ids) or not all(map(math.isfinite, weights)):
                 raise BadAnswerError(f"row {x.at} needs {len(x.ids)} finite log_weights, one a candidate")
-            prefix = x.row.prefix[: len(x.row.prefix) - x.row.generated] if x.boundary else x.row.prefix
-            digest = _digests(prefix)[1] if x.boundary else x.digest
+            digest = x.prompt if x.boundary else x.digest
             if answer.session is not None:
                 self._sessions.put(digest, answer.session)
             if sent.objective is not None and sent.objective.get("kind") == "scale":
@@ -298,28 +252,37 @@ class _Core:
                 x.weights = tuple(weights)
         return again
 
-    def _fail(self, batch: Sequence[_Live], error: LenVMClientError) -> None:
+    def _fail(self, batch: Sequence[Live], error: LenVMClientError) -> None:
         """A call failed as a whole: raise, or leave the service alone for a while."""
-        hopeless = isinstance(error, _HOPELESS) and not any(x.tally.report.guided_steps for x in batch)
+        hopeless = _is_hopeless(error) and not any(x.tally.report.guided_steps for x in batch)
         if self.on_error == "raise" or hopeless:
             raise error
         self._count(error)
         self._resume_at = self._clock() + max(self._pause, error.retry_after_s or 0.0)
         self._pause = min(LONGEST_PAUSE_S, 2 * self._pause)
 
-    def _fail_row(self, x: _Live, error: ServiceError) -> None:
-        hopeless = isinstance(error, _HOPELESS)
+    def _fail_row(self, x: Live, error: ServiceError) -> bool:
+        """A row failed in a call that went well: raise, or leave it unguided. True where it is to be sent again."""
+        hopeless = _is_hopeless(error)
+        if self.on_error == "raise" and error.retryable and x.retries < ROW_RETRIES:
+            asked = FIRST_PAUSE_S if error.retry_after_s is None else error.retry_after_s
+            if asked <= LONGEST_PAUSE_S:  # the caller can wait for longer by itself
+                x.wait_s, x.retries = max(asked, 1e-3), x.retries + 1
+                return True
         if self.on_error == "raise" or (hopeless and not x.tally.report.guided_steps):
             error.add_note(f"row {x.at} of the step, {x.row.generated} tokens generated")
             raise _RowFailure(error)
         self._count(error)
         if hopeless:
             x.tally = replace(x.tally, given_up=True)
+        elif error.retryable:
+            x.wait_s = error.retry_after_s or 0.0
+        return False
 
     def _count(self, error: LenVMClientError) -> None:
         self._errors[error.type if isinstance(error, ServiceError) else type(error).__name__] += 1
 
-    def _leave(self, x: _Live) -> WeightedRow:
+    def _leave(self, x: Live) -> WeightedRow:
         """The row's answer; what its children need is kept."""
         guided = x.weights is not None
         weighted = WeightedRow(x.ids, x.logprobs, x.weights or (0.0,) * len(x.ids), guided)
@@ -332,8 +295,15 @@ class _Core:
             fallbacks=x.tally.report.fallbacks + (x.row.objective is not None and not guided),
         )
         tally = replace(x.tally, report=report)
-        self._records.put(x.lineage, _Record(tally, dict(zip(x.ids, costs, strict=True)), forced))
+        self._records.put(x.lineage, Record(tally, dict(zip(x.ids, costs, strict=True)), forced))
         return weighted
+
+
+def _is_hopeless(error: LenVMClientError) -> bool:
+    """True for what no waiting cures: another server than a LenVM service is among it."""
+    if isinstance(error, BadAnswerError):
+        return error.status is not None and error.status < 500 and not error.retryable
+    return isinstance(error, _HOPELESS) or (isinstance(error, ServiceUnreachableError) and not error.retryable)
 
 
 class _RowFailure(Exception):
@@ -356,15 +326,19 @@ class GuidedDecoder(_Core):
         scorer: a ``Client``, or anything else with ``score_candidates``. In a loop of many short calls a ``Client``
             with a short ``timeout`` and ``max_retries=0`` suits ``passthrough`` best.
         eos_ids, stop_ids: ids that end an answer.
-        on_error: "raise" lets the typed error of a failed call or row through. "passthrough" leaves the rows of a
-            failed step unguided, counts them, and after a failed call lets the service rest, 0.5 s at first, twice as
-            long each time up to 30 s, so that decoding does not wait for a time-out at every step. What can never work
-            (an impossible objective, an unknown model, a wrong key) is raised even then, as long as the row has had no
-            guided step: nobody should take such an answer for a guided one. Later (e.g. the context is full) the row
-            goes on without guidance and without calls.
+        on_error: "raise" lets the typed error of a failed call or row through; a row whose error may pass (e.g. the
+            service is full) is sent again first, at most twice, after the wait that it asks for (0.5 s where it does
+            not say; a wait of over 30 s is left to the caller). "passthrough" leaves the rows of a failed step
+            unguided, counts them, and lets the service rest: after a row's error as long as that asks for; after a
+            failed call 0.5 s at first, twice as long each time up to 30 s, so that decoding does not wait for a
+            time-out at every step. What can never work (an impossible objective, an unknown model, a wrong key, another
+            server) is raised even then, as long as the row has had no guided step: nobody should take such an answer
+            for a guided one. Later (e.g. the context is full) the row goes on without guidance and without calls.
         max_batch_rows, max_body_bytes: limits of one call, as in ``info().limits``; a larger step takes several calls.
         max_prefixes: prefixes remembered; at least twice the rows of a step, more with beams.
     """
+
+    _sleep = staticmethod(time.sleep)  # a seam of the tests
 
     def __init__(
         self,
@@ -393,14 +367,18 @@ class GuidedDecoder(_Core):
         Raises LenVMClientError (see ``on_error``), InvalidRequestError for rows that make no sense."""
         flow = self._flow(rows)
         try:
-            inputs = next(flow)
+            wanted = next(flow)
             while True:
+                if isinstance(wanted, Wait):
+                    self._sleep(wanted.seconds)
+                    wanted = flow.send(None)
+                    continue
                 try:
-                    answers = self.scorer.score_candidates(inputs)
+                    answers = self.scorer.score_candidates(wanted)
                 except LenVMClientError as error:
-                    inputs = flow.throw(error)
+                    wanted = flow.throw(error)
                 else:
-                    inputs = flow.send(answers)
+                    wanted = flow.send(answers)
         except StopIteration as stop:
             weighted: list[WeightedRow] = stop.value
             return weighted
@@ -412,37 +390,26 @@ class AsyncGuidedDecoder(_Core):
     """``GuidedDecoder`` over an ``AsyncClient``: same arguments, ``step`` is awaited."""
 
     scorer: AsyncCandidateScorer
+    _sleep = staticmethod(asyncio.sleep)  # a seam of the tests
 
     async def step(self, rows: Sequence[GuidedRow]) -> list[WeightedRow]:
         """See ``GuidedDecoder.step``."""
         flow = self._flow(rows)
         try:
-            inputs = next(flow)
+            wanted = next(flow)
             while True:
+                if isinstance(wanted, Wait):
+                    await self._sleep(wanted.seconds)
+                    wanted = flow.send(None)
+                    continue
                 try:
-                    answers = await self.scorer.score_candidates(inputs)
+                    answers = await self.scorer.score_candidates(wanted)
                 except LenVMClientError as error:
-                    inputs = flow.throw(error)
+                    wanted = flow.throw(error)
                 else:
-                    inputs = flow.send(answers)
+                    wanted = flow.send(answers)
         except StopIteration as stop:
             weighted: list[WeightedRow] = stop.value
             return weighted
         except _RowFailure as failure:
             raise failure.error from None
-
-
-def _digests(prefix: Sequence[int]) -> tuple[bytes, bytes]:
-    """Of the prefix without its last token, and of the whole: keys that do not keep the tokens themselves."""
-    try:
-        content = array("q", prefix).tobytes()
-    except (TypeError, OverflowError) as error:
-        raise InvalidRequestError(f"a prefix must be a sequence of token ids: {error}", param="prefix") from error
-    digest = hashlib.blake2b(content[:-8], digest_size=16)
-    parent = digest.digest()
-    digest.update(content[-8:])
-    return parent, digest.digest()
-
-
-def _objective_key(objective: Mapping[str, Any] | None) -> str:
-    return "" if objective is None else json.dumps(dict(objective), sort_keys=True, default=repr)

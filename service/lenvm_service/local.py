@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from lenvm.errors import InvalidRequestError, LenVMError
 from lenvm.guidance import Objective
 from lenvm.modeling import DEFAULT_MODEL
-from lenvm_client import CandidateInput, CandidateScores, RowError
+from lenvm_client import CandidateInput, CandidateScores, InternalServerError, RowError
+from lenvm_client.errors import service_error
 from lenvm_service.engine import CandidateJob, EngineCore, EngineOptions, Prefix, Result
 from lenvm_service.engine.engine import load_core
 
@@ -34,7 +36,11 @@ class LocalScorer:
         self.core: EngineCore = load_core(model, EngineOptions(device=device, dtype=dtype))[0]
 
     def score_candidates(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
-        """Answers aligned with ``rows``; a bad row is a RowError."""
+        """Answers aligned with ``rows``; a bad row is a RowError.
+
+        Raises InternalServerError of ``lenvm_client`` where the model itself fails, so that guided decoding may go on
+        without it.
+        """
         jobs: list[CandidateJob] = []
         results: dict[int, Result] = {}
         places: list[int] = []
@@ -44,22 +50,69 @@ class LocalScorer:
                 places.append(at)
             except LenVMError as error:
                 results[at] = error
-        results.update(zip(places, self.core.run(jobs), strict=True))
+        try:
+            results.update(zip(places, self.core.run(jobs), strict=True))
+        except Exception as error:
+            said = " ".join(str(error).split()) or "no reason given"
+            raise InternalServerError(f"the value model failed ({type(error).__name__}: {said})") from error
         return [_answer(at, results[at]) for at in range(len(rows))]
 
 
+class _NotOnePrefixError(InvalidRequestError):
+    reason = "exactly_one"
+
+
 def _job(row: CandidateInput) -> CandidateJob:
-    if row.session is None and row.token_ids is None:
-        raise InvalidRequestError("give token_ids or a session: texts are for the service", param="token_ids")
-    prefix = Prefix(row.token_ids or ()) if row.session is None else Prefix(row.append, row.session)
-    objective = None if row.objective is None else Objective.from_dict(row.objective)
-    return CandidateJob(prefix, row.candidates, row.generated, objective, row.logprobs, row.eos_ids)
+    """Checked as the service's schema does it: what is no number would fail the neighbours in the core."""
+    names = ("messages", "prompt", "token_ids", "session")
+    given = [name for name in names if getattr(row, name) is not None]
+    if len(given) != 1:
+        found = f"not {' and '.join(given)}" if given else "none is there"
+        raise _NotOnePrefixError(f"give exactly one of token_ids and session; {found}")
+    if row.session is not None:
+        prefix = Prefix(_ids(row.append, "append"), row.session)
+    elif row.token_ids is not None:
+        prefix = Prefix(_ids(row.token_ids, "token_ids"))
+    else:
+        raise InvalidRequestError("give token_ids or a session: texts are for the service", param=given[0])
+    return CandidateJob(
+        prefix,
+        _ids(row.candidates, "candidates"),
+        _ids([row.generated], "generated")[0],
+        None if row.objective is None else Objective.from_dict(row.objective),
+        None if row.logprobs is None else _numbers(row.logprobs, "logprobs"),
+        _ids(row.eos_ids, "eos_ids"),
+    )
+
+
+def _ids(values: Sequence[SupportsIndex], param: str) -> list[int]:
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError("a boolean is no number")
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise InvalidRequestError(f"{param} must be integers: {error}", param=param) from error
+
+
+def _numbers(values: Sequence[float], param: str) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequestError(f"{param} must be numbers: {error}", param=param) from error
 
 
 def _answer(index: int, result: Result) -> CandidateScores | RowError:
     if isinstance(result, LenVMError):
-        param = result.param if isinstance(result, InvalidRequestError) else None
-        return RowError(index=index, type=result.code, code=result.code, message=str(result), param=param)
+        after = getattr(result, "retry_after_s", None)
+        return RowError(
+            index=index,
+            type=result.code,
+            code=getattr(result, "reason", result.code),
+            message=str(result),
+            param=getattr(result, "param", None),
+            retryable=service_error(result.code, "").retryable,
+            retry_after_ms=None if after is None else 1000.0 * after,
+        )
     fields: dict[str, Any] = dict(result)
     for name in ("values", "horizons", "log_weights"):
         fields[name] = None if fields[name] is None else tuple(fields[name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,23 @@ from lenvm.guides import ValueGuide
 from lenvm.rollouts.sampling import LocalGenerator
 from lenvm.scoring import TorchScorer
 from lenvm_client import Client, Prediction, RowError
+from lenvm_service.cli import main
 from lenvm_service.remote import RemoteGuide
 from tests.integration.conftest import ServiceProcess
 
 _VARIES = {"timings_ms", "request_id", "session", "prediction_id", "model_sha"}
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 QUESTION = "Why is the sky blue?"
-PARAMS = SamplingParams(temperature=0.7, top_k=16, max_new_tokens=40)
+PARAMS = SamplingParams(temperature=0.7, top_k=16, max_new_tokens=24)
 MIXED: list[Objective | None] = [
-    Objective(kind="equal_to", target=24),
+    Objective(kind="equal_to", target=16),
     None,
-    Objective(kind="at_most", target=12),
-    Objective(kind="at_least", target=30),
+    Objective(kind="at_most", target=8),
+    Objective(kind="at_least", target=20),
     Objective(kind="tilt", lambda_=0.02),
     Objective(kind="scale", factor=0.5),
-    Objective(kind="equal_to", target=16, method="paper"),
-    Objective(kind="equal_to", target=16, method="paper", space="length"),
+    Objective(kind="equal_to", target=12, method="paper"),
+    Objective(kind="equal_to", target=12, method="paper", space="length"),
 ]
 
 
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_tokens_everywhere(client: Client, generato
     local = generator.sampler.generate(requests, PARAMS, guide=ValueGuide(scorer, objectives))
     batched = generator.sampler.generate(requests, PARAMS, guide=RemoteGuide(client, objectives))
     assert tokens(batched) == tokens(local)
-    for at in range(len(MIXED)):
+    for at in (0, 3, 5, 6):
         (alone,) = generator.sampler.generate([requests[at]], PARAMS, guide=RemoteGuide(client, [objectives[at]]))
         assert tokens([alone]) == tokens([local[at]])
         assert alone.text_cost == pytest.approx(local[at].text_cost, abs=1e-3)
@@ -113,14 +113,15 @@ def _value_model() -> Any:
     return LengthValueModel.from_pretrained(DEFAULT_BACKBONE)
 
 
-def test_the_command_line_over_http_says_what_it_says_in_process(service: ServiceProcess) -> None:
+def test_the_command_line_over_http_says_what_it_says_in_process(
+    service: ServiceProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*arguments: str) -> Any:
-        command = [sys.executable, "-m", "lenvm_service.cli", *arguments, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        capsys.readouterr()
+        assert main([*arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
 
-    generate = ("generate", QUESTION, "--equal-to", "12", "--seed", "5", "--max-new-tokens", "40")
+    generate = ("generate", QUESTION, "--equal-to", "12", "--seed", "5", "--max-new-tokens", "24")
     here, there = run(*generate), run(*generate, "--url", service.url)
     assert there["generations"][0]["token_ids"] == here["generations"][0]["token_ids"]
     score = ("score", QUESTION, "--completion", "Because of the air.", "--eos")

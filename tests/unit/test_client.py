@@ -226,6 +226,76 @@ def test_no_phase_may_outlast_the_total_time(make: Make) -> None:
     assert set(seen[3].values()) == {None}
 
 
+class Drip(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A body without an end, of which each piece comes soon enough for the time-out of a read."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self.tick = tick
+        self.closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        for _ in range(1000):
+            self.tick()
+            yield b" "
+
+    async def __aiter__(self) -> Any:
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            yield b" "
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("retry_timeouts", [False, True])
+def test_a_server_that_drips_is_bounded_by_the_total_time(make: Make, retry_timeouts: bool) -> None:
+    now = [0.0]
+
+    def tick() -> None:
+        now[0] += 1.0
+
+    streams: list[Drip] = []
+
+    class Dripping(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            streams.append(Drip(tick))
+            return httpx2.Response(200, stream=streams[-1])
+
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            return self.handle_request(request)
+
+    options = {"timeout": 30.0, "retry_timeouts": retry_timeouts, "transport": Dripping()}
+    client = make(total_timeout=0.05 if make().runner else 10.0, **options)  # a real clock, or one that ticks
+    if client.runner is None:
+        client.client._clock = lambda: now[0]
+    with pytest.raises(ServiceTimeoutError, match="total_timeout"):
+        client.tokenize("a")
+    assert [stream.closed for stream in streams] == [True]
+    if client.runner is None:
+        assert now[0] == 11.0
+
+
+@pytest.mark.parametrize(
+    ("raised", "sends"),
+    [
+        (httpx2.ConnectError("refused"), 3),
+        (httpx2.Response(503), 3),
+        (OverloadedError("full"), 3),
+        (httpx2.ReadError("reset"), 1),
+        (httpx2.RemoteProtocolError("server disconnected"), 1),
+        (httpx2.Response(502), 1),
+    ],
+)
+def test_feedback_is_not_said_twice(make: Make, raised: Any, sends: int) -> None:
+    transport = MockTransport({"/feedback": raised})
+    with pytest.raises((ServiceUnreachableError, OverloadedError)):
+        make(transport).feedback(FeedbackItem(prediction_id="s", generated_tokens=1, finish_reason="stop"))
+    assert len(transport.requests) == sends
+
+
 def test_health_says_no_where_waiting_may_help(make: Make) -> None:
     for answer in (
         NotReadyError("loading"),
@@ -283,6 +353,24 @@ def test_other_wrong_settings(make: Make) -> None:
         make().tokenize("a", request_id="é")
     with pytest.raises(InvalidRequestError, match="max_retries"):
         make(max_retries=-1)
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), "3", True, httpx2.Timeout(1.0, read=-1.0)])
+def test_times_that_are_none(make: Make, bad: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="timeout must be seconds") as caught:
+        make(timeout=bad)
+    assert caught.value.param == "timeout"
+    with pytest.raises(InvalidRequestError, match="timeout must be seconds"):
+        make().tokenize("a", timeout=bad)
+    with pytest.raises(InvalidRequestError, match="total_timeout must be") as caught:
+        make(total_timeout=bad)
+    assert caught.value.param == "total_timeout"
+
+
+@pytest.mark.parametrize("headers", [{"x": "€"}, {"x": "a\nb"}, {"é": "x"}, {"x": 3}])
+def test_headers_that_cannot_be_sent(make: Make, headers: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="header"):
+        make(headers=headers)
 
 
 def test_context_managers_close() -> None:
@@ -347,6 +435,24 @@ def test_nobody_listens(make: Make) -> None:
         client.tokenize("a")
     assert client.ready() is False
     assert len(client.waits) == 1
+
+
+def test_a_users_script_type_checks(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lenvm_client import Client, Prediction\n"
+        "client = Client()\n"
+        'values: tuple[float, ...] = client.score("a", completion="b").completion.values\n'
+        'weights: tuple[float, ...] | None = client.score({"candidates": [1]}).candidates.log_weights\n'
+        'indices: list[int] = [row.index for row in client.score([{"prompt": "a", "completion": "b"}])]\n'
+        'prediction: Prediction = client.predict_length("a").prediction\n'
+    )
+    root = Path(__file__).resolve().parents[2]
+    options = ["--strict", "--config-file", "pyproject.toml", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, str(script)], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_lazy_names_are_those_that_type_checkers_see() -> None:

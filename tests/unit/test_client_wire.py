@@ -255,7 +255,6 @@ class TestAnswers:
         [
             (b"<html>hello</html>", "not JSON"),
             (b"\xff\xfe", "not JSON"),
-            (b'{"model": "m", "predictions": [{"index": 0, "value": NaN}]}', "not JSON"),
             (b"[1]", "answer should be an object"),
             (b'{"predictions": []}', "answer has no model"),
             (b'{"model": 3, "predictions": []}', r"answer\.model should be str, is 3"),
@@ -279,6 +278,59 @@ class TestAnswers:
         with pytest.raises(errors.BadAnswerError, match=match) as caught:
             predict("a").read(reply(content, x_request_id="r"))
         assert (caught.value.status, caught.value.request_id, caught.value.retryable) == (200, "r", False)
+
+    @pytest.mark.parametrize("number", [b"1e400", b"-1e999", b"1" + b"0" * 400, b"NaN", b"-Infinity"])
+    @pytest.mark.parametrize("place", ["index", "value", "quantiles"])
+    def test_numbers_that_are_not_finite(self, number: bytes, place: str) -> None:
+        value: Any = {"0.5": "HERE"} if place == "quantiles" else "HERE"
+        content = json.dumps({"model": "m", "predictions": [{**PREDICTION, place: value}]}).encode()
+        with pytest.raises(errors.BadAnswerError, match=r"not a finite number|it holds") as caught:
+            predict("a").read(reply(content.replace(b'"HERE"', number)))
+        assert (caught.value.status, caught.value.retryable) == (200, True)
+
+    @pytest.mark.parametrize("number", [b"1e400", b"1" + b"0" * 400])
+    @pytest.mark.parametrize("place", ["values", "log_weights", "objective", "horizon"])
+    def test_numbers_of_candidates_that_are_not_finite(self, number: bytes, place: str) -> None:
+        value: Any = {"objective": {"kind": "tilt", "x": [0, "HERE"]}, "horizon": "HERE"}.get(place, [0.5, "HERE"])
+        content = json.dumps({"model": "m", "scores": [{**CANDIDATES, place: value}]}).encode()
+        call = _calls.score([CandidateInput(token_ids=[1], candidates=[4, 2])], OPTIONS)
+        with pytest.raises(errors.BadAnswerError, match=rf"answer\.scores\[0\]\.{place}.* not a finite number"):
+            call.read(reply(content.replace(b'"HERE"', number)))
+
+    def test_numbers_keep_their_types(self) -> None:
+        row = {**CANDIDATES, "values": [0, -0.5], "objective": {"kind": "tilt", "lambda": 1, "on": True}}
+        call = _calls.score([CandidateInput(token_ids=[1], candidates=[4, 2])], OPTIONS)
+        (scores,) = call.read(reply({"model": "m", "scores": [row]})).scores
+        assert isinstance(scores, CandidateScores)
+        assert [type(value) for value in scores.values] == [float, float]
+        assert scores.objective == row["objective"]
+        tokens = _calls.tokenize("a", None, None)
+        assert tokens.read(reply({"model": "m", "token_ids": [3, 2.0]})).token_ids == (3, 2)
+        for bad in (True, 2.5, "3", None):
+            with pytest.raises(errors.BadAnswerError, match=r"token_ids\[1\]"):
+                tokens.read(reply({"model": "m", "token_ids": [3, bad]}))
+
+    def test_a_single_row_of_scores(self) -> None:
+        tokens = {"index": 0, "values": [-0.2, 0.0], "horizons": [70.0, 0.0], "length_shifts": [-0.1]}
+        failed = {"index": 0, **error_body("context_too_long")}
+        completion, candidates = CompletionInput(prompt="p", completion="x"), CandidateInput(candidates=[4, 2])
+
+        def read(inputs: Any, *rows: Any) -> Any:
+            return _calls.score(inputs, OPTIONS).read(reply({"model": "m", "scores": rows}))
+
+        assert read(completion, tokens).completion.length_shifts == (-0.1,)
+        assert read(candidates, CANDIDATES).candidates.values == (-0.1, 0.0)
+        with pytest.raises(ValueError, match=r"use \.candidates"):
+            read(candidates, CANDIDATES).completion  # noqa: B018 - the access is the test
+        with pytest.raises(ValueError, match=r"use \.completion"):
+            read(completion, tokens).candidates  # noqa: B018
+        both = read([completion, candidates], tokens, {**CANDIDATES, "index": 1})
+        assert [type(row) for row in both] == [TokenScores, CandidateScores]
+        with pytest.raises(ValueError, match="2 rows"):
+            both.completion  # noqa: B018
+        for access in (lambda answer: answer.completion, lambda answer: answer.candidates, list):
+            with pytest.raises(errors.ContextTooLongError):
+                access(read([completion], failed))
 
 
 class TestErrors:
@@ -359,12 +411,26 @@ class TestErrors:
         assert after("-3") == 0.0
         assert after("soon") is None
         assert after("inf") is None
+        assert after("1e999") is None
+        assert after("9" * 400) is None
+        assert after("nan") is None
+        assert after("Fri, 31 Dec 999999999999999999 23:59:59 GMT") is None
+        assert after("86400") == after("Fri, 31 Dec 9999 23:59:59 GMT") == 3600.0  # nobody waits longer
         in_a_minute = after(email.utils.formatdate(time.time() + 60, usegmt=True))
         assert in_a_minute is not None
         assert 50 < in_a_minute <= 60
         assert after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
         both = error_of(reply(error_body("overloaded", retry_after_ms=3000), 429, retry_after="1"))
         assert both.retry_after_s == 3.0
+
+    @pytest.mark.parametrize(("wanted", "kept"), [(b"1e400", None), (b"1" + b"0" * 400, None), (b"1e300", 3600.0)])
+    def test_an_absurd_wait_in_a_body(self, wanted: bytes, kept: float | None) -> None:
+        content = json.dumps(error_body("overloaded", retryable=True, retry_after_ms="HERE")).encode()
+        error = error_of(reply(content.replace(b'"HERE"', wanted), 429))
+        assert isinstance(error, errors.OverloadedError)
+        assert error.retry_after_s == kept
+        row = RowError(index=0, type="overloaded", message="full", retry_after_ms=float(wanted))
+        assert row.to_exception().retry_after_s == kept
 
 
 class Clock:
@@ -378,11 +444,16 @@ class Clock:
 
 
 def drive(
-    policy: RetryPolicy, results: Sequence[Any], *, seconds: float = 0.0, draw: float = 0.5
+    policy: RetryPolicy,
+    results: Sequence[Any],
+    *,
+    seconds: float = 0.0,
+    draw: float = 0.5,
+    call: Call[Any] | None = None,
 ) -> tuple[Any, list[float]]:
     """Run a call against these results, one for each send (the last for ever); the outcome, and the waits."""
     clock, waits, sent = Clock(), [], 0
-    flow = exchange(predict("a"), policy, clock=clock, draw=lambda: draw)
+    flow = exchange(call or predict("a"), policy, clock=clock, draw=lambda: draw)
     step = next(flow)
     try:
         while True:
@@ -450,6 +521,22 @@ class TestRetries:
         answer, waits = drive(RetryPolicy(retry_timeouts=True), [LATE, GOOD])
         assert isinstance(answer, PredictLengthResponse)
         assert len(waits) == 1
+
+    def test_feedback_counts_so_it_is_not_said_twice(self) -> None:
+        call = _calls.feedback(FeedbackItem(prediction_id="s", generated_tokens=3, finish_reason="stop"), None)
+        good = reply({"accepted": 1, "results": [{"index": 0, "accepted": True}]})
+        unsent = errors.ServiceUnreachableError("refused")
+        unsent.sent = False
+        busy = reply(error_body("overloaded", retryable=True), 429)
+        for turned_away in (unsent, busy, reply(error_body("not_ready", retryable=True), 503), reply(b"", 503)):
+            assert len(drive(RetryPolicy(), [turned_away, good], call=call)[1]) == 1
+        policy = RetryPolicy(retry_timeouts=True)
+        late = reply(error_body("deadline_exceeded", retryable=True), 504)
+        for unknown in (DOWN, LATE, late, reply(b"<html>Bad Gateway</html>", 502)):
+            error, waits = drive(policy, [unknown, good], call=call)
+            assert isinstance(error, errors.LenVMClientError)
+            assert waits == []
+            assert len(drive(policy, [unknown, GOOD])[1]) == 1  # another call is made again
 
     def test_zero_retries(self) -> None:
         assert drive(RetryPolicy(max_retries=0), [DOWN, GOOD]) == (DOWN, [])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 from lenvm.decoding import Candidates, Request, Sampler, SamplingParams
 from lenvm_client import GuidanceReport, GuidedDecoder, InvalidRequestError, ServiceUnreachableError
@@ -28,6 +29,13 @@ def model(tiny_backbone: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_backbone, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_backbone: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_backbone)
 
 
 def padded(prompts: Sequence[Sequence[int]], pad: int = PAD, width: int = 0) -> dict[str, torch.Tensor]:
@@ -84,15 +92,14 @@ def run(
     return answers(sequences, inputs["input_ids"].shape[1], ends), report
 
 
-class Recorder(LenVMLogitsProcessor):
-    """Keeps the scores that left the processor."""
+class After(StoppingCriteria):  # type: ignore[misc]
+    """Ends row 0 at a length, as a stop string would."""
 
-    seen: list[torch.Tensor]
+    def __init__(self, length: int) -> None:
+        self.length = length
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        out = super().__call__(input_ids, scores)
-        self.seen = [*getattr(self, "seen", []), out.clone()]
-        return out
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.tensor([input_ids.shape[1] >= self.length] + [False] * (len(input_ids) - 1))
 
 
 class TestTheLaw:
@@ -344,6 +351,122 @@ class TestBeams:
             assert steps == [row.steps for row in own.rows] == [len(answer) for answer in alone]
 
 
+class TestStops:
+    """Rows that end without an EOS, where the padding behind them may be one."""
+
+    @staticmethod
+    def generate(model: Any, scorer: FakeScorer, **options: Any) -> tuple[torch.Tensor, GuidanceReport]:
+        inputs = padded([PROMPTS[0], PROMPTS[2]])
+        options = {"max_new_tokens": 10, "seeds": [1, 2], **options}
+        sequences, report = generate(model, scorer, inputs, objectives=TILT, temperature=0.8, top_k=6, **options)
+        return sequences, report
+
+    @pytest.mark.parametrize("pad", [PAD, EOS, None])
+    @pytest.mark.parametrize("stop", ["criterion", "string"])
+    def test_padding_is_never_a_drawn_eos(self, model: Any, tokenizer: Any, pad: int | None, stop: str) -> None:
+        free, _ = self.generate(model, FakeScorer(), pad_token_id=PAD)
+        first = free[0, 5:].tolist()
+        assert EOS not in first[:4]
+        options: dict[str, Any] = {"stopping_criteria": [After(5 + 3)]}
+        if stop == "string":
+            options = {"stop_strings": [tokenizer.decode([first[2]])], "tokenizer": tokenizer}
+        scorer = FakeScorer()
+        sequences, report = self.generate(model, scorer, pad_token_id=pad, **options)
+        steps = first[:3].index(first[2]) + 1
+        assert sequences[0, 5:].tolist()[:steps] == first[:steps]
+        assert set(sequences[0, 5 + steps :].tolist()) == {EOS if pad is None else pad}
+        row, prefix, cost = report.rows[0], list(PROMPTS[0]), 0.0
+        for token in first[:steps]:
+            p, q = law(model, prefix, TILT, temperature=0.8, top_k=6, ends=[EOS])[token]
+            cost, prefix = cost + q - p, [*prefix, token]
+        assert row.text_cost == pytest.approx(cost, abs=1e-4)
+        assert (row.steps, row.guided_steps, row.forced_stop) == (steps, steps, False)
+        # Nothing is scored once a row has ended, and no padding is ever sent.
+        assert [sum(prefix[:5] == tuple(PROMPTS[0]) for prefix in call) for call in scorer.prefixes] == [
+            int(step < steps) for step in range(len(scorer.calls))
+        ]
+        assert all(token not in (PAD, EOS) for call in scorer.prefixes for prefix in call for token in prefix)
+
+    def test_an_eos_before_the_stop_is_an_eos(self, model: Any) -> None:
+        class Force(FakeScorer):
+            @staticmethod
+            def weight(prefix: Sequence[int], token: int, objective: Mapping[str, Any]) -> float:
+                return 100.0 if token == EOS else 0.0
+
+        for at in (1, 2):  # together with the stop, and one step before it
+            _, report = self.generate(model, Force(), pad_token_id=EOS, stopping_criteria=[After(5 + at)])
+            assert [row.steps for row in report.rows] == [1, 1]
+            logits = next_logits(model, PROMPTS[0]) / 0.8
+            p = torch.softmax(logits, -1)[EOS].item()
+            assert report.rows[0].forced_stop == (p < 1e-3)
+            assert report.rows[0].text_cost > 0
+
+    def test_criteria_that_end_all_rows_keep_their_place(self, model: Any) -> None:
+        from transformers import MaxLengthCriteria
+
+        # In the place of transformers' own, as without guidance; max_new_tokens alone would allow two.
+        criteria = [MaxLengthCriteria(5 + 4)]
+        sequences, report = self.generate(
+            model, FakeScorer(), pad_token_id=PAD, max_new_tokens=2, stopping_criteria=criteria
+        )
+        assert sequences.shape[1] == 5 + 4
+        assert report.steps == sum(len(answer) for answer in answers(sequences, 5))
+
+    def test_beams_need_a_padding_that_shows_the_end(self, model: Any) -> None:
+        stops: dict[str, Any] = {"stopping_criteria": [After(5 + 3)], "num_beams": 2, "do_sample": False}
+        for pad in (None, EOS, PAD):  # for 0, transformers takes the EOS instead
+            with pytest.raises(InvalidRequestError, match="beams with stop strings or criteria need"):
+                self.generate(model, FakeScorer(), pad_token_id=pad, seeds=None, **stops)
+        _, report = self.generate(model, FakeScorer(), pad_token_id=77, seeds=None, **stops)
+        assert all(0 < row.steps <= 10 for row in report.rows)
+        with pytest.raises(InvalidRequestError, match="ends no answer"):
+            LenVMLogitsProcessor(GuidedDecoder(FakeScorer(), [EOS]), [TILT], pad_token_id=EOS, padding_ends=True)
+
+    def test_stop_strings_need_a_tokenizer(self, model: Any) -> None:
+        with pytest.raises(InvalidRequestError, match="give tokenizer"):
+            self.generate(model, FakeScorer(), pad_token_id=PAD, stop_strings=["x"])
+
+
+class TestGenerationConfig:
+    def test_the_users_is_read_and_left_alone(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformers import GenerationConfig
+        from transformers.generation import utils
+
+        said: list[str] = []
+        monkeypatch.setattr(utils.logger, "warning_once", lambda message, *_: said.append(message))
+        monkeypatch.setattr(model.generation_config, "min_p", 0.4)  # fills what is None in a config object
+        config = GenerationConfig(
+            do_sample=True, top_p=0.3, top_k=2, temperature=0.1, max_new_tokens=12, eos_token_id=EOS, pad_token_id=PAD
+        )
+        before = config.to_dict()
+        inputs = padded(PROMPTS[:2])
+        options: dict[str, Any] = {"objectives": [TILT, OTHER], "temperature": 0.8, "top_k": 6}
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(
+            torch, "multinomial", lambda probs, **_: seen.append(probs.clone()) or probs.argmax(-1, True)
+        )
+        from_config, _ = generate(model, FakeScorer(), inputs, generation_config=config, **options)
+        assert config.to_dict() == before
+        assert said == []
+        expected = law(model, PROMPTS[0], TILT, temperature=0.8, top_k=6, ends=[EOS])
+        assert set(seen[0][0].nonzero()[:, 0].tolist()) == set(expected)
+        plain, _ = generate(model, FakeScorer(), inputs, max_new_tokens=12, pad_token_id=PAD, **options)
+        assert from_config.tolist() == plain.tolist()
+        short, _ = generate(model, FakeScorer(), inputs, generation_config=config, max_new_tokens=1, **options)
+        assert short.shape[1] == 5 + 1  # what is given directly comes first
+
+    def test_a_watermark_would_reweigh_the_law(self, model: Any) -> None:
+        from transformers import GenerationConfig
+
+        mark = {"bias": 2.5, "seeding_scheme": "lefthash"}
+        for options in (
+            {"watermarking_config": mark},
+            {"generation_config": GenerationConfig(watermarking_config=mark)},
+        ):
+            with pytest.raises(InvalidRequestError, match="watermark"):
+                run(model, FakeScorer(), PROMPTS[:1], objectives=TILT, **options)
+
+
 class TestFailures:
     def test_a_service_that_stops_in_the_middle(self, model: Any) -> None:
         class Dying(FakeScorer):
@@ -379,11 +502,21 @@ class TestFailures:
             ({"seeds": [1, 2], "do_sample": False}, "sampling"),
             ({"temperature": 0.0, "do_sample": True}, "temperature"),
             ({"top_k": 0}, "top_k"),
+            ({"stop_token_ids": [-1]}, "ids of the vocabulary, 0 to 127"),
+            ({"stop_token_ids": [128]}, "ids of the vocabulary"),
+            ({"stop_token_ids": [1.5]}, "ids of the vocabulary"),
         ],
     )
     def test_arguments_that_do_not_fit(self, model: Any, options: dict[str, Any], match: str) -> None:
         with pytest.raises(InvalidRequestError, match=match):
             run(model, FakeScorer(), PROMPTS[:2], **{"objectives": [TILT, None], **options})
+
+    @pytest.mark.parametrize(
+        "inputs", [[[1, 50]], torch.tensor([1, 50]), torch.zeros(0, 3, dtype=torch.int64), {}, None, torch.ones(1, 2)]
+    )
+    def test_inputs_that_are_no_ids(self, model: Any, inputs: Any) -> None:
+        with pytest.raises(InvalidRequestError, match=r"tensor \[B, T\]"):
+            generate(model, FakeScorer(), inputs, objectives=TILT, max_new_tokens=2)
 
     def test_right_padding_is_refused(self, model: Any) -> None:
         inputs = {"input_ids": torch.tensor([[1, 50, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
@@ -402,15 +535,6 @@ class TestFailures:
         assert all(token < 3 or token >= 64 for call in scorer.calls for item in call for token in item.candidates)
 
     def test_a_dict_output_and_stop_strings_style_endings(self, model: Any) -> None:
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
-        class After(StoppingCriteria):  # type: ignore[misc]
-            """Ends row 0 after three tokens, as a stop string would: padding follows, and no EOS."""
-
-            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-                done = input_ids.shape[1] >= 5 + 3
-                return torch.tensor([done] + [False] * (len(input_ids) - 1))
-
         scorer = FakeScorer()
         inputs = padded([PROMPTS[0], PROMPTS[2]])
         output, report = generate(
@@ -422,12 +546,11 @@ class TestFailures:
             max_new_tokens=10,
             pad_token_id=PAD,
             seeds=[1, 2],
-            stopping_criteria=StoppingCriteriaList([After()]),
+            stopping_criteria=[After(5 + 3)],
             return_dict_in_generate=True,
         )
         assert report.rows[0].steps == 3
         assert not report.rows[0].forced_stop
         assert output.sequences.shape[0] == 2
         assert all(PAD not in prefix for call in scorer.prefixes for prefix in call)
-        # transformers shows the end one step later, as padding
-        assert [len(call) for call in scorer.calls][:5] == [2, 2, 2, 2, 1]
+        assert [len(call) for call in scorer.calls][:5] == [2, 2, 2, 1, 1]

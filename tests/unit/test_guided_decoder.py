@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,10 @@ class TestCalls:
         scorer.calls.clear()
         assert GuidedDecoder(scorer, [EOS], max_body_bytes=2000).step(rows) == whole
         assert [len(call) for call in scorer.calls] == [2, 2, 2, 1]
+        # Every row carries the ids that end an answer: they count.
+        scorer.calls.clear()
+        GuidedDecoder(scorer, [EOS], range(1000, 1100), max_body_bytes=2000).step(rows)
+        assert [len(call) for call in scorer.calls] == [1] * 7
 
     def test_forgetting_a_prefix_costs_only_a_longer_call(self, scorer: FakeScorer) -> None:
         out = loop(GuidedDecoder(scorer, [EOS]), [[5]], [TILT])
@@ -417,6 +423,52 @@ class TestFailures:
         with pytest.raises(type(error)):
             GuidedDecoder(scorer, [EOS]).step([row([5], 0)])
 
+    @pytest.mark.parametrize(
+        ("error", "hopeless"),
+        [
+            (BadAnswerError("nginx", status=404), True),
+            (BadAnswerError("<html>", status=200), True),
+            (ServiceUnreachableError("no such scheme", retryable=False), True),
+            (BadAnswerError("a page of a proxy", status=500), False),
+            (BadAnswerError("not a finite number", status=200, retryable=True), False),
+            (BadAnswerError("cannot be unpacked"), False),
+            (DOWN, False),
+        ],
+    )
+    def test_another_server_is_no_service_that_fails(
+        self, scorer: FakeScorer, error: LenVMClientError, hopeless: bool
+    ) -> None:
+        scorer.fail = error
+        decoder = GuidedDecoder(scorer, [EOS])
+        if hopeless:
+            with pytest.raises(type(error)):
+                decoder.step([row([5], 0)])
+            assert decoder.report([]).errors == {}
+        else:
+            assert not decoder.step([row([5], 0)])[0].guided
+        scorer.fail = None
+        guided = GuidedDecoder(scorer, [EOS])
+        guided.step([row([5], 0)])
+        scorer.fail = error
+        assert not guided.step([row([5, 3], 1)])[0].guided  # later, all of them are survived
+        assert guided.report([]).errors == {type(error).__name__: 1}
+
+    @pytest.mark.parametrize("number", [b"1e400", b"-1e999", b"1" + b"0" * 400, b"NaN"])
+    @pytest.mark.parametrize("place", ["index", "values", "retry_after"])
+    def test_passthrough_survives_every_number(self, number: bytes, place: str) -> None:
+        answer: dict[str, Any] = {"index": 0, "values": [0] * 8, "horizons": [0] * 8, "log_weights": [0] * 8}
+        content = json.dumps({"model": "m", "scores": [answer | {place: 9 if place == "index" else [9] * 8}]}).encode()
+        response = httpx2.Response(200, content=content.replace(b"9", number))
+        if place == "retry_after":
+            body = json.dumps({"error": {"type": "overloaded", "message": "m", "retryable": True, "retry_after_ms": 9}})
+            content = body.encode().replace(b"9", number)
+            response = httpx2.Response(429, content=content, headers={"retry-after": number.decode()})
+        with Client(transport=MockTransport({"/score": response}), total_timeout=None, max_retries=0) as client:
+            decoder = GuidedDecoder(client, [EOS])
+            assert not decoder.step([row([5], 0)])[0].guided
+        assert sum(decoder.report([]).errors.values()) == 1
+        assert decoder._resume_at - decoder._clock() <= 3600.0
+
     def test_later_such_a_row_goes_on_without_calls(self, scorer: FakeScorer) -> None:
         decoder = GuidedDecoder(scorer, [EOS])
         decoder.step([row([5], 0), row([6], 0, OTHER)])
@@ -457,6 +509,108 @@ class TestFailures:
         scorer.fail = KeyError("a bug")  # type: ignore[assignment]
         with pytest.raises(KeyError):
             GuidedDecoder(scorer, [EOS]).step([row([5], 0)])
+
+
+class Crowded(FakeScorer):
+    """Rows with the objective OTHER get ``overloaded`` this many times."""
+
+    def __init__(self, times: int, retry_after_ms: float | None = 1500.0) -> None:
+        super().__init__()
+        self.times = times
+        self.retry_after_ms = retry_after_ms
+
+    def _row(self, index: int, row: CandidateInput) -> CandidateScores | RowError:
+        if row.objective == OTHER and self.times:
+            self.times -= 1
+            after = self.retry_after_ms
+            return RowError(index=index, type="overloaded", message="full", retryable=True, retry_after_ms=after)
+        return super()._row(index, row)
+
+
+class TestRowsThatMayPass:
+    @staticmethod
+    def decoder(scorer: FakeScorer) -> tuple[GuidedDecoder, list[float]]:
+        decoder, waits = GuidedDecoder(scorer, [EOS], on_error="raise"), []
+        decoder._sleep = waits.append  # type: ignore[method-assign]
+        return decoder, waits
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_they_are_sent_again_after_their_wait(self, times: int) -> None:
+        scorer = Crowded(times)
+        decoder, waits = self.decoder(scorer)
+        answers = decoder.step([row([5], 0), row([6], 0, OTHER), row([7], 0)])
+        assert [answer.guided for answer in answers] == [True] * 3
+        assert answers[1].log_weights[0] == scorer.weight([6], 2, OTHER)
+        assert waits == [1.5] * times
+        assert [len(call) for call in scorer.calls] == [3] + [1] * times
+        report = decoder.report([GuidedRow(prefix=[6, 3], generated=1, objective=OTHER)])
+        assert (report.guided_steps, report.fallbacks, report.errors) == (1, 0, {})
+
+    def test_twice_at_most(self) -> None:
+        scorer = Crowded(3)
+        decoder, waits = self.decoder(scorer)
+        with pytest.raises(OverloadedError) as caught:
+            decoder.step([row([5], 0), row([6], 0, OTHER)])
+        assert caught.value.retry_after_s == 1.5
+        assert waits == [1.5, 1.5]
+        assert decoder.step([row([5], 0), row([6], 0, OTHER)])[1].guided  # the next step begins anew
+
+    def test_where_they_do_not_say_when(self) -> None:
+        decoder, waits = self.decoder(Crowded(1, None))
+        assert decoder.step([row([6], 0, OTHER)])[0].guided
+        assert waits == [0.5]
+
+    def test_a_long_wait_is_the_callers(self) -> None:
+        decoder, waits = self.decoder(Crowded(1, 31_000.0))
+        with pytest.raises(OverloadedError):
+            decoder.step([row([6], 0, OTHER)])
+        assert waits == []
+
+    def test_lost_sessions_do_not_wait_for_them(self) -> None:
+        scorer = Crowded(0)
+        decoder, waits = self.decoder(scorer)
+        decoder.step([row([5], 0), row([6], 0, OTHER)])
+        scorer.sessions.clear()
+        scorer.times = 1
+        decoder._sleep = lambda seconds: waits.append(len(scorer.calls))  # type: ignore[method-assign]
+        answers = decoder.step([row([5, 3], 1), row([6, 3], 1, OTHER)])
+        assert [answer.guided for answer in answers] == [True, True]
+        # Of the second step: both rows, the first whole, a wait, the second (its session is gone too), that whole.
+        assert waits == [3]
+        assert [[item.token_ids for item in call] for call in scorer.calls[1:]] == [
+            [None, None],
+            [[5, 3]],
+            [None],
+            [[6, 3]],
+        ]
+
+    def test_async_waits_too(self) -> None:
+        scorer, waits = Crowded(1), list[float]()
+
+        class Async:
+            async def score_candidates(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
+                return scorer.score_candidates(rows)
+
+        async def sleep(seconds: float) -> None:
+            waits.append(seconds)
+
+        decoder = AsyncGuidedDecoder(Async(), [EOS], on_error="raise")
+        decoder._sleep = sleep  # type: ignore[method-assign, assignment]
+        assert asyncio.run(decoder.step([row([6], 0, OTHER)]))[0].guided
+        assert waits == [1.5]
+
+    def test_passthrough_lets_the_service_rest_as_long_as_asked(self) -> None:
+        scorer = Crowded(1)
+        decoder = GuidedDecoder(scorer, [EOS])
+        clock = Clock(decoder)
+        rows = [row([5], 0), row([6], 0, OTHER)]
+        assert [answer.guided for answer in decoder.step(rows)] == [True, False]
+        clock.now += 1.4
+        assert [answer.guided for answer in decoder.step(rows)] == [False, False]
+        assert len(scorer.calls) == 1
+        clock.now += 0.2
+        assert [answer.guided for answer in decoder.step(rows)] == [True, True]
+        assert decoder.report([]).errors == {"overloaded": 1}
 
 
 def candidates_of(weighted: WeightedRow) -> Candidates:

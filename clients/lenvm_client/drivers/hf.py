@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from lenvm_client._steps import GuidanceReport, GuidedRow, uniform
 from lenvm_client._types import CandidateScorer
@@ -18,6 +28,21 @@ __all__ = ["LenVMLogitsProcessor", "generate"]
 
 # transformers applies these after us: each would cut or reweigh what was drawn from q, so they are switched off.
 _WARPERS = {"min_p": None, "top_h": None, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
+
+class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
+    """Stop strings and the caller's own criteria as one, which remembers the rows that they ended and at which length:
+    the tokens do not show it, because what transformers puts behind them may be an EOS."""
+
+    def __init__(self, criteria: Iterable[Any]) -> None:
+        self.criteria = StoppingCriteriaList(criteria)
+        self.ended: dict[int, int] = {}  # row -> its length, padding included
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done: torch.Tensor = self.criteria(input_ids, scores, **kwargs)
+        for at in done.nonzero()[:, 0].tolist():
+            self.ended.setdefault(at, input_ids.shape[1])
+        return done
 
 
 class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
@@ -36,7 +61,8 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
             unless that ends an answer (then none, as transformers has it).
         pad_token_id: what ``generate`` puts after a finished row.
         padding_ends: rows may end without an EOS or stop id (stop strings, other criteria), which only the padding that
-            follows shows; the pad id is no candidate then, unless it ends answers itself.
+            follows shows. The pad id must end no answer then, and is no candidate. (``generate`` does without, but for
+            beams: it remembers which rows ended.)
         seeds: one for each row of a step. The processor then draws itself, so that a row's tokens do not depend on
             the batch it shares.
     """
@@ -55,13 +81,17 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
     ) -> None:
         if not temperature > 0 or top_k < 1:
             raise InvalidRequestError(f"temperature {temperature} must be above 0 and top_k {top_k} at least 1")
+        if padding_ends and (pad_token_id is None or pad_token_id in decoder.end_ids):
+            message = "padding that ends rows needs a pad_token_id that ends no answer"
+            raise InvalidRequestError(message, param="pad_token_id")
         self.decoder = decoder
         self.objectives = list(objectives)
         self.temperature = temperature
         self.top_k = top_k
         # As transformers has it, an id that ends answers marks no padding in a prompt.
         self._pad = None if pad_token_id in decoder.end_ids else pad_token_id
-        self._ends = {*decoder.end_ids, *([self._pad] if padding_ends else [])} - {None}
+        self._ends = {*decoder.end_ids, *([self._pad] if padding_ends else [])}
+        self._stops = _Stops(())
         self.seeds = seeds
         self._padding = None if attention_mask is None else _left_padding(attention_mask)
         self._width: int | None = None  # of the prompts, padding included
@@ -75,11 +105,12 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
             self._padding = _left_padding(torch.cummax(given.int(), 1).values)
         rows = []
         for at, ids in enumerate(input_ids.tolist()):
-            end = next((t for t in range(self._width, len(ids)) if ids[t] in self._ends), len(ids))
+            stop = self._stops.ended.get(at, len(ids))
+            end = next((t for t in range(self._width, stop) if ids[t] in self._ends), stop)
             # Its EOS belongs to the answer; padding after another end does not.
-            whole = end + (end < len(ids) and ids[end] in self.decoder.end_ids)
+            whole = end + (end < stop and ids[end] in self.decoder.end_ids)
             prefix, objective = ids[self._padding[at // expansion] : whole], self.objectives[at // expansion]
-            generated, finished = end - self._width, end < len(ids)
+            generated, finished = end - self._width, end < len(ids) or at in self._stops.ended
             rows.append(GuidedRow(prefix=prefix, generated=generated, objective=objective, finished=finished))
         return rows
 
@@ -149,18 +180,22 @@ def generate(
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise InvalidRequestError("the model must be a decoder: prompt and answer are one sequence", param="model")
-    refused = sorted({*_WARPERS, "input_ids", "attention_mask"} & generate_kwargs.keys())
+    refused = sorted({*_WARPERS, "input_ids", "attention_mask", "watermarking_config"} & generate_kwargs.keys())
     if refused:
         message = f"{', '.join(refused)} cannot be given here: candidates are cut by top_k alone, ids go into inputs"
         raise InvalidRequestError(message, param=refused[0])
     given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    ids = given["input_ids"]
+    ids = _checked_ids(given.get("input_ids"))
+    # Beside a config object transformers takes no settings, and what is None in one it fills from the model's own:
+    # so its fields go in one by one, below what was given directly.
+    generate_kwargs = {**_fields(generate_kwargs.pop("generation_config", None)), **generate_kwargs}
 
     def setting(name: str) -> Any:
-        sources = (generate_kwargs.get("generation_config"), model.generation_config)
-        values = [generate_kwargs.get(name), *(getattr(source, name, None) for source in sources)]
-        return next((value for value in values if value is not None), None)
+        return generate_kwargs[name] if name in generate_kwargs else getattr(model.generation_config, name, None)
 
+    if setting("watermarking_config") is not None:
+        message = "a watermark reweighs what was drawn from the guided law: leave watermarking_config out"
+        raise InvalidRequestError(message, param="watermarking_config")
     sampling = temperature > 0 if do_sample is None else do_sample
     beams, count = setting("num_beams") or 1, len(ids) * (setting("num_return_sequences") or 1)
     if seeds is not None and (not sampling or beams > 1 or len(seeds) != count):
@@ -172,26 +207,83 @@ def generate(
     eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     # Room for beams that ended: they are reported when the others have ended too.
     room = max(8192, 64 * count * beams)
-    decoder = GuidedDecoder(scorer, eos_ids, stop_token_ids, on_error=on_error, max_prefixes=room)
+    decoder = GuidedDecoder(
+        scorer, eos_ids, _checked_stops(stop_token_ids, model), on_error=on_error, max_prefixes=room
+    )
     decoder.start(sampled=sampling and beams == 1)
+    pad, ending, others = setting("pad_token_id"), *_criteria(setting, generate_kwargs)
+    # Beams change places, so that no row of theirs can be remembered: what follows their end must show it. transformers
+    # puts an EOS there where it is given no pad id, or 0.
+    if beams > 1 and ending and (not pad or pad in decoder.end_ids or not decoder.end_ids):
+        message = "beams with stop strings or criteria need a pad_token_id above 0 that ends no answer, and an EOS id"
+        raise InvalidRequestError(message, param="pad_token_id")
     processor = LenVMLogitsProcessor(
         decoder,
         each,
         temperature=temperature if sampling else 1.0,
         top_k=top_k,
         attention_mask=given.get("attention_mask"),
-        pad_token_id=setting("pad_token_id"),
-        padding_ends=bool(setting("stopping_criteria") or setting("stop_strings")),
+        pad_token_id=pad,
+        padding_ends=beams > 1 and bool(ending),
         seeds=seeds,
     )
     processor.rows(ids)  # checks the shapes before anything is computed
+    if ending:
+        if beams == 1:
+            processor._stops = _Stops(ending)
+            ending = [processor._stops]
+        generate_kwargs |= {"stop_strings": None, "stopping_criteria": StoppingCriteriaList([*others, *ending])}
     generate_kwargs["eos_token_id"] = list(decoder.end_ids) or None
     if sampling:
         generate_kwargs |= {"temperature": temperature, "top_k": 0, **_WARPERS}
     processors = LogitsProcessorList([*(generate_kwargs.pop("logits_processor", None) or ()), processor])
-    output = model.generate(**given, **generate_kwargs, do_sample=sampling, logits_processor=processors)
+    generate_kwargs |= {"do_sample": sampling, "logits_processor": processors}
+    output = model.generate(**given, **generate_kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     return output, decoder.report(processor.rows(sequences))
+
+
+def _checked_ids(ids: Any) -> torch.Tensor:
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        message = 'inputs must hold ids as a tensor [B, T], e.g. tokenizer(texts, return_tensors="pt", padding=True)'
+        raise InvalidRequestError(message, param="inputs")
+    return ids
+
+
+def _checked_stops(stop_token_ids: Iterable[int], model: Any) -> list[int]:
+    """Ids outside the vocabulary have no log-prob."""
+    size = model.config.get_text_config().vocab_size
+    try:
+        stops = [operator.index(token) for token in stop_token_ids]
+    except TypeError:
+        stops = [-1]
+    if not all(0 <= token < size for token in stops):
+        message = f"stop_token_ids must be ids of the vocabulary, 0 to {size - 1}"
+        raise InvalidRequestError(message, param="stop_token_ids")
+    return stops
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a ``GenerationConfig`` says."""
+    if config is None:
+        return {}
+    names = vars(GenerationConfig()).keys() - {"transformers_version"}
+    given = {name: getattr(config, name, None) for name in names if not name.startswith("_")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _criteria(setting: Any, generate_kwargs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The criteria that may end one row before the others, stop strings among them; and the rest, which end all rows at
+    once and, as transformers has it, take the place of its own of their type."""
+    given = list(generate_kwargs.get("stopping_criteria") or ())
+    others = [each for each in given if isinstance(each, MaxLengthCriteria | MaxTimeCriteria)]
+    ending = [each for each in given if each not in others]
+    if setting("stop_strings"):
+        tokenizer = generate_kwargs.get("tokenizer")
+        if tokenizer is None:
+            raise InvalidRequestError("stop_strings need the model's tokenizer: give tokenizer", param="tokenizer")
+        ending.append(StopStringCriteria(tokenizer, setting("stop_strings")))
+    return ending, others
 
 
 def _left_padding(mask: torch.Tensor) -> list[int]:

@@ -1,0 +1,95 @@
+"""What a guided decoder remembers, by the content of prefixes, and a row within one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from lenvm_client._steps import GuidedRow, RowReport
+from lenvm_client.errors import InvalidRequestError
+
+__all__ = ["Lineage", "Live", "Recent", "Record", "Tally", "digests", "objective_key"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+Lineage: TypeAlias = tuple[bytes, str]  # digest of a prefix, objective
+
+
+class Recent(Generic[K, V]):
+    """A dict that forgets what was not used for longest."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key]
+
+    def put(self, key: K, value: V) -> None:
+        self._items[key] = value
+        self._items.move_to_end(key)
+        while len(self._items) > self._size:
+            self._items.popitem(last=False)
+
+    def drop(self, key: K) -> None:
+        self._items.pop(key, None)
+
+
+@dataclass(frozen=True)
+class Tally:
+    report: RowReport = field(default_factory=RowReport)
+    given_up: bool = False  # the service will never take this row again (e.g. its context is full)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a prefix's children need to know: its tally, what each choice costs, and whether an EOS is a forced stop."""
+
+    tally: Tally
+    costs: Mapping[int, float]
+    forced: bool
+
+
+@dataclass(eq=False)
+class Live:
+    """A row that is still going, within one step."""
+
+    at: int
+    row: GuidedRow
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    parent: bytes
+    digest: bytes
+    lineage: Lineage
+    tally: Tally
+    weights: tuple[float, ...] | None = None
+    prompt: bytes = b""  # digest of the prompt, where a scale is to be resolved or was
+    used: bytes | None = None  # the prefix whose session was sent
+    boundary: bool = False  # asked for the prompt, only to resolve a scale
+    resent: bool = False
+    retries: int = 0
+    wait_s: float = 0.0  # what its last error asked for
+
+
+def digests(prefix: Sequence[int]) -> tuple[bytes, bytes]:
+    """Of the prefix without its last token, and of the whole: keys that do not keep the tokens themselves."""
+    try:
+        content = array("q", prefix).tobytes()
+    except (TypeError, OverflowError) as error:
+        raise InvalidRequestError(f"a prefix must be a sequence of token ids: {error}", param="prefix") from error
+    digest = hashlib.blake2b(content[:-8], digest_size=16)
+    parent = digest.digest()
+    digest.update(content[-8:])
+    return parent, digest.digest()
+
+
+def objective_key(objective: Mapping[str, Any] | None) -> str:
+    return "" if objective is None else json.dumps(dict(objective), sort_keys=True, default=repr)
