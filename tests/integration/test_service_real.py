@@ -17,10 +17,10 @@ from lenvm.guidance import Objective
 from lenvm.guides import ValueGuide
 from lenvm.rollouts.sampling import LocalGenerator
 from lenvm.scoring import TorchScorer
-from lenvm_client import Client, Prediction, RowError
+from lenvm_client import Client, ModelNotFoundError, Prediction, RowError
 from lenvm_service.cli import main
 from lenvm_service.remote import RemoteGuide
-from tests.integration.conftest import ServiceProcess
+from tests.integration.conftest import ServiceProcess, start_service
 
 _VARIES = {"timings_ms", "request_id", "session", "prediction_id", "model_sha"}
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -196,3 +196,20 @@ def test_metrics_of_every_part_are_there(service: ServiceProcess) -> None:
         "lenvm_engine_ready",
     ):
         assert service.metric(name) > 0, name
+
+
+@pytest.mark.usefixtures("real_backbone_dir")
+def test_several_models_in_one_process(tmp_path: Path) -> None:
+    running = start_service(tmp_path, "--model", f"one={DEFAULT_BACKBONE}", "--model", f"two={DEFAULT_BACKBONE}")
+    try:
+        with Client(running.url, timeout=60) as client:
+            assert [model.id for model in client.models().data] == ["one", "two"]
+            one, two, default = (client.predict_length(QUESTION, model=name) for name in ("one", "two", None))
+            assert (one.model, two.model, default.model) == ("one", "two", "one")
+            assert two.prediction.value == pytest.approx(one.prediction.value, abs=1e-6)
+            assert (one.prediction.cached_tokens, two.prediction.cached_tokens) == (0, 0)  # each has its own states
+            assert default.prediction.cached_tokens > 0
+            with pytest.raises(ModelNotFoundError):
+                client.predict_length(QUESTION, model="three")
+    finally:
+        assert running.stop() == 0
