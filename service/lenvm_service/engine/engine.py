@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 _KINDS: dict[type, str] = {PredictJob: "predict", TokenScoreJob: "tokens", CandidateJob: "candidates"}
 _PREDICTIONS_KEPT = 65_536
 _BLOCK = 32  # tokens
+# transformers builds a model under settings of the whole process (meta device, default dtype): one at a time.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,8 @@ class Engine:
 
     def _load(self) -> None:
         since = time.monotonic()
-        self._core, self._model = load_core(self.source, self.options)
+        with _LOADING:
+            self._core, self._model = load_core(self.source, self.options)
         # A long prompt is work, not a stall: on a CPU it takes minutes, in which only the layers show life.
         for layer in getattr(self._model.decoder, "layers", ()):
             layer.register_forward_hook(lambda *_: self.batcher.beat())
