@@ -1,4 +1,4 @@
-"""The service around Length Value Models: the ``lenvm`` command line."""
+"""The service around Length Value Models: the HTTP service and the ``lenvm`` command line."""
 
 from __future__ import annotations
 
