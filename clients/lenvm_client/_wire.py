@@ -43,6 +43,7 @@ __all__ = [
     "RetryPolicy",
     "Send",
     "Wait",
+    "candidate_inputs",
     "candidate_scores",
     "error_of",
     "exchange",
@@ -267,6 +268,17 @@ def _path_of_non_finite(value: Any, path: str = "") -> str | None:
     elif isinstance(value, list | tuple):
         items = ((f"{path}[{at}]", item) for at, item in enumerate(value))
     return next((found for where, item in items if (found := _path_of_non_finite(item, where)) is not None), None)
+
+
+def candidate_inputs(rows: Iterable[CandidateInput | Mapping[str, Any]]) -> list[CandidateInput]:
+    """Rows as ``CandidateInput``; mappings may stand for them. Raises InvalidRequestError for anything else."""
+    found = []
+    for at, row in enumerate(rows):
+        try:
+            found.append(row if isinstance(row, CandidateInput) else CandidateInput(**row))
+        except TypeError as error:
+            raise InvalidRequestError(f"row {at} is no CandidateInput ({error})", param=f"inputs[{at}]") from None
+    return found
 
 
 def candidate_scores(response: ScoreResponse, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:

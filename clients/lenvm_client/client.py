@@ -27,7 +27,7 @@ from lenvm_client._types import (
     ServiceInfo,
     TokenizeResponse,
 )
-from lenvm_client._wire import Call, Reply, RetryPolicy, Send, Wait, candidate_scores
+from lenvm_client._wire import Call, Reply, RetryPolicy, Send, Wait, candidate_inputs, candidate_scores
 from lenvm_client.errors import LenVMClientError
 
 __all__ = ["AsyncClient", "Client"]
@@ -164,7 +164,7 @@ class Client(Base):
 
     def score_candidates(
         self,
-        rows: Sequence[CandidateInput],
+        rows: Sequence[CandidateInput | Mapping[str, Any]],
         *,
         model: str | None = None,
         generator: Generator_ | None = None,
@@ -176,8 +176,9 @@ class Client(Base):
         """One answer or row error for each row, aligned: the ``CandidateScorer`` of guided decoding."""
         if not rows:
             return []
+        inputs = candidate_inputs(rows)
         options = calls.options(self.model, model, generator, deadline_ms, priority)
-        return candidate_scores(self._run(calls.score(list(rows), options), request_id, timeout), rows)
+        return candidate_scores(self._run(calls.score(inputs, options), request_id, timeout), inputs)
 
     def tokenize(
         self,
@@ -336,7 +337,7 @@ class AsyncClient(Base):
 
     async def score_candidates(
         self,
-        rows: Sequence[CandidateInput],
+        rows: Sequence[CandidateInput | Mapping[str, Any]],
         *,
         model: str | None = None,
         generator: Generator_ | None = None,
@@ -348,8 +349,9 @@ class AsyncClient(Base):
         """See ``Client.score_candidates``."""
         if not rows:
             return []
+        inputs = candidate_inputs(rows)
         options = calls.options(self.model, model, generator, deadline_ms, priority)
-        return candidate_scores(await self._run(calls.score(list(rows), options), request_id, timeout), rows)
+        return candidate_scores(await self._run(calls.score(inputs, options), request_id, timeout), inputs)
 
     async def tokenize(
         self,

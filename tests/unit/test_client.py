@@ -107,6 +107,10 @@ def test_every_call_has_a_canned_answer(make: Make) -> None:
     (whole,) = client.score_candidates([CandidateInput(token_ids=[1, 2, 3], candidates=[5])])
     assert again.session == whole.session != first.session
     assert client.score_candidates([]) == []
+    (same,) = client.score_candidates([{"token_ids": [1, 2, 3], "candidates": [5]}])  # as plain data
+    assert same == whole
+    with pytest.raises(InvalidRequestError, match="row 0 is no CandidateInput"):
+        client.score_candidates([{"tokens": [1]}])
     ids = client.tokenize("né").token_ids
     assert client.detokenize(ids).text == "né"
     assert client.tokenize(messages=[{"role": "user", "content": "n"}]).token_ids == (110,)
