@@ -31,6 +31,7 @@ from lenvm.backbones import (
     check_backbone,
     encode_chat,
     load_backbone,
+    load_eos_ids,
     load_tokenizer,
     resolve_backbone,
     tokenizer_sha256,
@@ -669,3 +670,22 @@ def test_importing_and_resolving_need_no_torch(source: Path, tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip()) == 64
+
+
+def test_every_eos_id_has_one_source(tiny_backbone: Path, tmp_path: Path) -> None:
+    """The generator, the service and the command line must agree on what ends an answer."""
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    assert load_eos_ids(folder) == (2,)
+    config = folder / "generation_config.json"
+    config.write_text('{"eos_token_id": [7, 2]}')
+    assert load_eos_ids(folder) == (7, 2)
+    config.write_text("{}")
+    assert load_eos_ids(folder) == (2,)  # of config.json
+    config.unlink()
+    plain = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(plain | {"eos_token_id": None}))
+    assert load_eos_ids(folder) == (2,)  # the tokenizer's
+    config.write_text("[]")
+    with pytest.raises(BackboneError, match=r"generation_config\.json"):
+        load_eos_ids(folder)

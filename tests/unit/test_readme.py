@@ -77,6 +77,11 @@ def test_what_the_readme_says_of_the_comparisons() -> None:
     comparisons = metrics["comparisons"]["equal_to"]
     assert said(comparisons["posterior_minus_paper_value"]["ls"]) in README
     assert comparisons["posterior_minus_eos_gate"]["ls"][2] < 0  # "does not beat the best gate"
+    gate, ours, paper = (metrics[mode]["equal_to"] for mode in ("eos_gate", "posterior", "paper_value"))
+    assert f"scores {gate['ls']:.0f} against {ours['ls']:.0f}" in README
+    assert round(gate["kl_per_sequence"] / ours["kl_per_sequence"]) == 4  # "at four times the text cost"
+    assert 0.4 < gate["forced_stop_rate"] < 0.6  # "with half of its stops forced"
+    assert 80 < paper["kl_per_sequence"] / ours["kl_per_sequence"] < 120  # "at a hundredth of its text cost"
     for kind in KINDS:
         equal = metrics["gate_front"][kind]["equal_cost"]
         assert equal["kl_per_sequence"] == pytest.approx(metrics["posterior"][kind]["kl_per_sequence"], rel=1e-4)

@@ -6,7 +6,7 @@ Importing this package needs neither torch nor transformers; only ``load_backbon
 from __future__ import annotations
 
 from lenvm.backbones._files import backbone_sha256, cache_root, check_backbone, tokenizer_sha256, verify_backbone
-from lenvm.backbones._loading import encode_chat, load_backbone, load_tokenizer
+from lenvm.backbones._loading import encode_chat, load_backbone, load_eos_ids, load_tokenizer
 from lenvm.backbones._resolve import DEFAULT_BACKBONE, KNOWN_BACKBONES, KnownBackbone, resolve_backbone
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_backbone",
     "encode_chat",
     "load_backbone",
+    "load_eos_ids",
     "load_tokenizer",
     "resolve_backbone",
     "tokenizer_sha256",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["encode_chat", "load_backbone", "load_tokenizer"]
+__all__ = ["encode_chat", "load_backbone", "load_eos_ids", "load_tokenizer"]
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -33,6 +34,27 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as exc:  # the Rust tokenizer raises bare Exception for a malformed file
         raise BackboneError(f"cannot load the tokenizer of {folder} ({_line(exc)}): fetch the backbone again") from exc
     return tokenizer
+
+
+def load_eos_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that end an answer of a backbone: those of its generation config, else of its config, else the tokenizer's.
+
+    The first is the one that is shown. Raises BackboneError where none is named.
+    """
+    for name in ("generation_config.json", "config.json"):
+        try:
+            named = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as exc:
+            raise BackboneError(f"cannot read {folder / name} ({_line(exc)}): fetch the backbone again") from exc
+        ids = named if isinstance(named, list) else [named]
+        if found := tuple(int(token) for token in ids if token is not None):
+            return found
+    token: Any = load_tokenizer(folder).eos_token_id
+    if token is None:
+        raise BackboneError(f"the backbone in {folder} names no end-of-sequence token: its answers would never end")
+    return (int(token),)
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: str | Sequence[Mapping[str, str]]) -> list[int]:

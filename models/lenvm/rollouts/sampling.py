@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lenvm.backbones import backbone_sha256, encode_chat, load_backbone, load_tokenizer, resolve_backbone
+from lenvm.backbones import backbone_sha256, encode_chat, load_backbone, load_eos_ids, load_tokenizer, resolve_backbone
 from lenvm.decoding import Request, Sampler, SamplingParams
-from lenvm.errors import BackboneError
 from lenvm.prompts import Prompt
 from lenvm.rollouts.records import Key, Rollout, RolloutSet
 from lenvm.rollouts.store import RolloutWriter, completed, read_rollouts
@@ -43,22 +42,13 @@ class LocalGenerator:
         self.tokenizer = load_tokenizer(folder)
         dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         self.model = load_backbone(folder, dtype=dtype, device=device)
-        self.eos_ids = _eos_ids(self.model, self.tokenizer)
+        self.eos_ids = load_eos_ids(folder)
         rows = max_rows or (1024 if device.startswith("cuda") else 64)
         self.sampler = Sampler(self.model, eos_ids=self.eos_ids, max_rows=rows)
 
     def describe(self, params: SamplingParams) -> dict[str, Any]:
         """What identifies the policy: stored with rollouts, so that two policies never mix in a folder."""
         return {"backbone": self.name, "sha256": self.sha256, **asdict(params)}
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    found = [int(i) for i in ids if i is not None] or [tokenizer.eos_token_id]
-    if found[0] is None:
-        raise BackboneError("the backbone names no end-of-sequence token: its answers would never end")
-    return tuple(found)
 
 
 def sample_rollouts(

@@ -174,9 +174,11 @@ def score_ids(
     model: LengthValueModel, scorer: TorchScorer, prompt_ids: list[int], completion_ids: list[int], *, eos: bool
 ) -> dict[str, Any]:
     """Token scores of content tokens; with ``eos`` the answer ends after them."""
+    from lenvm.backbones import load_eos_ids
+
     score = scorer.token_values(prompt_ids, completion_ids)
     score.state.close()
-    eos_id = int(model.tokenizer.eos_token_id) if eos else None
+    eos_id = load_eos_ids(model.backbone_dir)[0] if eos else None
     fields = token_score_fields(score.logits, completion_ids, model.tokenizer, gamma=scorer.gamma, eos_id=eos_id)
     return {"prompt_tokens": len(prompt_ids), **fields}
 

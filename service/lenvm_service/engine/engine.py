@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lenvm.backbones import load_eos_ids
 from lenvm.config import LenVMConfig
 from lenvm.errors import InvalidRequestError
 from lenvm.guidance import Objective
@@ -108,20 +109,9 @@ def load_core(source: str | Path, options: EngineOptions) -> tuple[EngineCore, L
         )
     scorer = TorchScorer(model, pool_tokens=tokens, block_size=_BLOCK)
     secret = options.secret or os.urandom(32)
-    return EngineCore(model.config, model.tokenizer, scorer, eos_ids=eos_ids_of(model), secret=secret), model
-
-
-def eos_ids_of(model: LengthValueModel) -> tuple[int, ...]:
-    """Ids that end an answer, as the backbone's generation config names them; the first is the one that is shown."""
-    from transformers import GenerationConfig
-
-    try:
-        configured = GenerationConfig.from_pretrained(model.backbone_dir).eos_token_id
-    except OSError:
-        configured = None
-    ids = configured if isinstance(configured, list) else [configured]
-    found = [int(token) for token in ids if token is not None]
-    return tuple(found or [int(model.tokenizer.eos_token_id)])
+    return EngineCore(
+        model.config, model.tokenizer, scorer, eos_ids=load_eos_ids(model.backbone_dir), secret=secret
+    ), model
 
 
 class Engine:
