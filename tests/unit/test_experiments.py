@@ -259,6 +259,27 @@ def test_scaling_summary(bench: Bench) -> None:
     assert deep["mre"] == metrics["axes"]["samples"][-1]["mre"]
 
 
+def test_a_budget_of_one_epoch_and_how_often_smaller_data_is_seen(bench: Bench) -> None:
+    bench.budget = replace(bench.budget, steps=0, batch_tokens=512)
+    metrics = summarise_scaling(bench, ["depth", "prompts", "samples"])
+    tokens = sum(len(rollout.prompt_ids) + len(rollout.token_ids) for rollout in bench.train)
+    assert bench.steps == metrics["budget"]["steps"] >= tokens / 512
+    assert [row["epochs"] for row in metrics["axes"]["depth"]] == [1.0, 1.0]
+    assert metrics["axes"]["prompts"][-1]["epochs"] == metrics["axes"]["samples"][-1]["epochs"] == 1.0
+    # Data this small leaves a large gap in the last batch of every epoch, and shares differ in their lengths.
+    seen = [row["epochs"] for row in metrics["axes"]["prompts"]]
+    assert seen == pytest.approx([8, 4, 2, 1], rel=0.45)
+    assert seen == sorted(seen, reverse=True)
+    assert metrics["axes"]["samples"][0]["epochs"] == pytest.approx(3, rel=0.45)
+    assert {row["steps"] for rows in metrics["axes"].values() for row in rows} == {bench.steps}
+
+
+def test_a_budget_below_one_epoch_is_told(bench: Bench) -> None:
+    run = bench.run(Spec("return"))
+    tokens = sum(len(rollout.prompt_ids) + len(rollout.token_ids) for rollout in bench.train)
+    assert 0.6 * 3 * 256 / tokens < run["epochs"] <= 3 * 256 / tokens < 1
+
+
 @pytest.fixture(scope="module")
 def folders(sets: tuple[RolloutSet, RolloutSet], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     made = []

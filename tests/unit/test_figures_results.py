@@ -161,6 +161,18 @@ def test_tables_are_filled_and_prose_stays(reports: Path) -> None:
     assert fill(filled, reports) == filled
 
 
+def test_points_that_did_not_see_all_of_their_data_are_told(reports: Path) -> None:
+    document = "<!-- begin:scaling -->\n<!-- end:scaling -->"
+    assert "less than one epoch" not in fill(document, reports)
+    metrics = json.loads((reports / "scaling.json").read_text())
+    for points in metrics["metrics"]["axes"].values():
+        points[-1]["epochs"] = 0.43
+    (reports / "scaling.json").write_text(json.dumps(metrics))
+    filled = fill(document, reports)
+    assert "less than one epoch" in filled
+    assert "| 15,000 | 0.43 |" in filled
+
+
 def test_every_fragment_renders_and_says_what_is_missing(reports: Path, tmp_path: Path) -> None:
     for name, (report, _) in FRAGMENTS.items():
         document = f"<!-- begin:{name} -->\n<!-- end:{name} -->"

@@ -103,7 +103,7 @@ def describe(bench: Bench) -> dict[str, Any]:
     budget = bench.budget
     return {
         "budget": {
-            "steps": budget.steps,
+            "steps": bench.steps,
             "batch_tokens": budget.batch_tokens,
             "learning_rate": budget.learning_rate,
             "full_learning_rate": budget.full_learning_rate,
@@ -139,6 +139,7 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
         row["value_rmse_by_seed"] = [figure["all_states"]["value_rmse"] for figure in figures]
         row["losses"] = average([run["losses"] for run in same])
         row["steps"], row["tokens"] = same[0]["steps"], same[0]["tokens"]
+        row["epochs"] = float(np.mean([run["epochs"] for run in same]))
         row["train_seconds"] = float(np.mean([run["seconds"]["train"] for run in same]))
         row["spec"] = same[0]["spec"]
         others = {reading: average([run["figures"][reading] for run in same]) for reading in same[0]["figures"]}

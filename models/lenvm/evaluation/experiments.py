@@ -13,7 +13,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +27,9 @@ from lenvm.errors import DataError, InvalidRequestError
 from lenvm.evaluation.states_table import StateTable, read_states, score_readings
 from lenvm.modeling import LengthValueModel, ValueHead
 from lenvm.rollouts import RolloutSet
-from lenvm.training.data import Source
+from lenvm.training.data import SampleTable, Source
 from lenvm.training.loop import Trainer
+from lenvm.training.packing import plan
 from lenvm.training.settings import TrainSettings
 from lenvm.training.targets import ValueTarget, make_target
 
@@ -39,7 +41,8 @@ Head = Literal["value", "bins", "both"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every model gets: ``steps`` of ``batch_tokens``. ``prompts``: train prompts a domain (None: all).
+    """What every model gets: ``steps`` of ``batch_tokens``; 0 is one epoch of all train answers, which a model of fewer
+    answers fills by seeing them more often. ``prompts``: train prompts a domain (None: all).
 
     ``test_prompts`` a domain and ``test_answers`` of each are read at all positions; the truth at the prompt takes all.
     """
@@ -106,6 +109,16 @@ class Bench:
         self._subsets: dict[tuple[float, int | None], RolloutSet] = {}
 
     @property
+    def steps(self) -> int:
+        """Steps of every model: the budget's, or those of one epoch of all train answers."""
+        return self.budget.steps or self._epoch_steps
+
+    @cached_property
+    def _epoch_steps(self) -> int:
+        batches = plan(SampleTable([Source(self.train)]), tokens=self.budget.micro_tokens, seed=0)
+        return -(-len(batches) * self.budget.micro_tokens // self.budget.batch_tokens)
+
+    @property
     def cap(self) -> int:
         """Most tokens that the generator makes."""
         return self.generator.max_new_tokens
@@ -114,6 +127,7 @@ class Bench:
         """What a stored run must share with ``spec``: its settings, the budget and the answers."""
         circumstances = {"compile": None}
         facts = [
+            "whole epochs",  # how answers are repeated: runs of before drew them anew
             asdict(spec), asdict(self.budget) | circumstances, self.backbone.sha256, self.train.generator,
             len(self.train), int(self.train.lengths.sum()),
             len(self.test.rollouts), int(self.test.rollouts.lengths.sum()),
@@ -124,7 +138,7 @@ class Bench:
         """Train and measure one model."""
         gc.collect()  # the model before this one holds itself in cycles, and a GPU's memory with it
         started = time.perf_counter()
-        trainer = self._trainer(spec)
+        trainer, epochs = self._trainer(spec)
         trained = trainer.run(on_step=on_step)
         seconds = time.perf_counter() - started
         readings = read_states(trainer, self.test)
@@ -135,6 +149,7 @@ class Bench:
             "spec": asdict(spec),
             "steps": trained["steps"],
             "tokens": trained["tokens"],
+            "epochs": epochs,
             "tokens_per_s": trained["tokens_per_s"],
             "seconds": {"train": seconds, "all": time.perf_counter() - started},
             "parameters": sum(p.numel() for p in self.decoder.layers[: spec.depth].parameters()),
@@ -153,7 +168,8 @@ class Bench:
         made = ValueHead(int(decoder.config.hidden_size), head)
         return LengthValueModel(decoder, made.to(next(decoder.parameters()).device), config, self.folder)
 
-    def _trainer(self, spec: Spec) -> Trainer:
+    def _trainer(self, spec: Spec) -> tuple[Trainer, float]:
+        """The run, and how often it sees its answers: tokens trained on over the tokens of its data."""
         budget = self.budget
         full = spec.settings.get("mode") == "full"
         settings = TrainSettings(
@@ -167,7 +183,7 @@ class Bench:
                 "alpha": {"value": 0.0, "bins": 1.0, "both": 0.1}[spec.head],
                 "compile": budget.compile,
                 "seed": spec.seed,
-                "log_every": max(1, budget.steps // 5),
+                "log_every": max(1, self.steps // 5),
                 **spec.settings,
             }
         )
@@ -177,14 +193,16 @@ class Bench:
         with torch.no_grad():
             start = logit_of(make_target(settings.target, spec.gamma, settings.lam), float(np.median(answers.lengths)))
             model.head.output.bias[0] = start
-        tokens = int(answers.lengths.sum() + sum(len(answers.prompt_tokens(i)) for i in range(len(answers))))
-        # A little more than the budget, then cut to it: packing leaves gaps whose size is not known before.
-        repeats = 1.02 * budget.steps * budget.batch_tokens / max(1, tokens)
-        trainer = Trainer(model, Source(answers, max(repeats, 1.0 / len(answers))), settings)
-        trainer.batches = trainer.batches[: budget.steps * settings.accumulate]
+        if budget.steps or answers is not self.train:  # epochs that are enough, then cut to the budget
+            tokens = int(answers.lengths.sum() + sum(len(answers.prompt_tokens(i)) for i in range(len(answers))))
+            settings = replace(settings, epochs=max(1, -(-self.steps * settings.batch_tokens // tokens)))
+        trainer = Trainer(model, Source(answers), settings)
+        if settings.epochs > 1 or budget.steps:
+            trainer.batches = trainer.batches[: self.steps * settings.accumulate]
         trainer.steps = -(-len(trainer.batches) // settings.accumulate)
         trainer.shape = trainer.shape.covering(self.test.shape(budget.micro_tokens))
-        return trainer
+        lengths = trainer.table.lengths
+        return trainer, sum(int(lengths[batch].sum()) for batch in trainer.batches) / int(lengths.sum())
 
     def _subset(self, share: float, samples: int | None) -> RolloutSet:
         """Answers of the first ``share`` of the prompts of each domain (nested: a half holds the quarter)."""

@@ -262,14 +262,18 @@ def _scaling(metrics: Metrics) -> str:
     for axis, points in metrics["axes"].items():
         rows = [
             [
-                f"{row['at']:,.0f}", _percent(row["mre"]),
+                f"{row['at']:,.0f}", _number(row.get("epochs"), ".2f"), _percent(row["mre"]),
                 *(_percent(_at(row, "domains", domain, "mre")) for domain in _DOMAINS),
                 _number(_at(row, "losses", "value"), ".5f"), _number(_at(row, "losses", "bins"), ".3f"),
             ]
             for row in points
         ]  # fmt: skip
-        head = [titles[axis], "MRE", *_DOMAINS.values(), "held-out squared error", "held-out bins (nats)"]
+        head = [titles[axis], "epochs", "MRE", *_DOMAINS.values(), "held-out squared error", "held-out bins (nats)"]
         parts.append(_table(head, rows))
+    seen = [row["epochs"] for points in metrics["axes"].values() for row in points if "epochs" in row]
+    if seen and min(seen) < 1.0:
+        parts.insert(0, "The budget is less than one epoch of the fullest data (column *epochs*: how often a model saw "
+                        "its own answers): those points saw a part of it.")  # fmt: skip
     return "\n\n".join(parts)
 
 

@@ -1,7 +1,9 @@
 """``lenvm eval scaling``: a larger backbone, more prompts, more answers a prompt (paper Fig. 3). Points and summary.
 
 Every model gets the same number of steps: fewer prompts or answers are seen more often, so that what is compared is
-the data and not the compute. The backbones are the first layers of the one backbone there is, with its final norm.
+the data and not the compute. That takes at least one epoch of all the answers; ``epochs`` of each point (how often it
+sees its own) tells where a budget is smaller, and points then differ by less data than their place says. The backbones
+are the first layers of the one backbone there is, with its final norm.
 """
 
 from __future__ import annotations

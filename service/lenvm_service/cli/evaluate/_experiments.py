@@ -36,7 +36,9 @@ TestOption = Annotated[Path, typer.Option("--test", metavar="DIR", help="Answers
 BackboneNameOption = Annotated[
     str, typer.Option("--backbone", metavar="NAME|DIR", help="The backbone that every model starts from.")
 ]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each model.")]
+StepsOption = Annotated[
+    int, typer.Option("--steps", min=0, help="Optimiser steps of each model. 0: one epoch of all train answers.")
+]
 BatchOption = Annotated[int, typer.Option("--batch-tokens", min=64, help="Tokens of a step.")]
 MicroOption = Annotated[int, typer.Option("--micro-tokens", min=64, help="Tokens of a forward pass.")]
 LearningRateOption = Annotated[float, typer.Option("--learning-rate", help="Of adapters and head.")]

@@ -51,7 +51,7 @@ def scaling(
         str, typer.Option("--axes", help="Some of depth, prompts and samples, commas between them.")
     ] = "depth,prompts,samples",
     prompts: PromptsOption = None,
-    steps: StepsOption = 150,
+    steps: StepsOption = 0,
     batch_tokens: BatchOption = 65536,
     micro_tokens: MicroOption = 32768,
     learning_rate: LearningRateOption = 7e-4,
@@ -88,14 +88,17 @@ def scaling(
 def _print_scaling(metrics: Mapping[str, Any]) -> None:
     console = stdout_console()
     for axis, points in metrics["axes"].items():
-        shown = table([_UNITS[axis], "MRE", "math", "code", "if", "value loss", "bins loss", "value RMSE"], text=())
+        shown = table([_UNITS[axis], "epochs", "MRE", "math", "code", "if", "value loss", "bins loss", "RMSE"], text=())
         for row in points:
             shown.add_row(
-                str(row["at"]), percent(row["mre"]),
+                str(row["at"]), number(row["epochs"], ".2f"), percent(row["mre"]),
                 *(percent(row["domains"].get(domain, {}).get("mre")) for domain in ("math", "code", "if")),
                 number(row["losses"]["value"], ".4f"), number(row["losses"]["bins"], ".3f"),
                 number(row["all_states"]["value_rmse"], ".4f"),
             )  # fmt: skip
         title(console, f"Scaling: {_UNITS[axis]}")
         console.print(shown)
+    seen = min((row["epochs"] for points in metrics["axes"].values() for row in points), default=1.0)
+    if seen < 1.0:
+        print_warnings([f"the budget is {seen:.2f} epochs of the fullest data: its points do not see all of it"])
     print_warnings([f"{run['name']}, seed {run['seed']} was not trained: {run['error']}" for run in metrics["failed"]])
