@@ -14,8 +14,15 @@ import pytest
 import torch
 
 from lenvm.errors import DataError, InvalidRequestError
-from lenvm.evaluation.ablation import GROUPS, ablation_specs, average, summarise
+from lenvm.evaluation.ablation import (
+    GROUPS,
+    _difference,
+    ablation_specs,
+    average,
+    summarise,
+)
 from lenvm.evaluation.experiments import Bench, Budget, Spec, choose_prompts, logit_of, open_bench, run_specs
+from lenvm.evaluation.results import difference_in_words
 from lenvm.evaluation.scaling import scaling_specs, summarise_scaling
 from lenvm.evaluation.states_table import Readings, StateTable, score_readings
 from lenvm.evaluation.targets import TARGETS
@@ -242,6 +249,35 @@ def test_ablation_summary(bench: Bench) -> None:
     assert difference == pytest.approx(pooled, abs=1e-4)  # as many prompts in each domain
     assert metrics["variants"]["bins alone"]["readings"].keys() == {"value", "bins", "mean"}
     assert metrics["data"]["train_prompts"] == 48
+
+
+def test_a_difference_is_that_of_the_two_errors_shown(bench: Bench) -> None:
+    # Domains of other sizes: the mean over prompts would be another one.
+    kept = [r for r in bench.test.rollouts if r.domain == "math" or r.prompt_id.endswith(("-0", "-1"))]
+    bench.test = StateTable.of(RolloutSet(kept, GENERATOR), 2, 40)
+    metrics = summarise(bench, ["order", "gamma 0.99"], seeds=2)
+    both, base = metrics["variants"]["grouped"], metrics["variants"]["return"]
+    found = both["against"]["return"]
+    assert not found["other_seeds"]
+    assert (found["mre"], found["base_mre"]) == pytest.approx((both["mre"], base["mre"]), abs=1e-5)
+    assert found["mre_difference"][0] == pytest.approx(both["mre"] - base["mre"], abs=2e-5)
+    assert ":" not in str(difference_in_words(both))
+
+
+def test_a_difference_over_fewer_seeds_than_the_table_says_so(bench: Bench) -> None:
+    def run(name: str, seed: int, errors: list[float]) -> dict[str, Any]:
+        figure = {"prompt_errors": errors}
+        return {"name": name, "seed": seed, "spec": {"head": "value"}, "figures": {"value": figure}}
+
+    runs = [run("return", 0, [0.2, 0.4]), run("return", 1, [0.6, 0.8]), run("gamma", 0, [0.3, 0.6])]
+    found = _difference(runs, "gamma", "return", ["math", "code"])
+    assert found["seeds"] == [0]
+    assert found["mre_difference"][0] == pytest.approx(found["mre"] - found["base_mre"]) == pytest.approx(0.15)
+    words = difference_in_words({"against": {"return": found}})
+    assert words is not None
+    assert words.startswith("+15.0 [")
+    assert words.endswith(": 45.0 - 30.0, seed 0")
+    assert difference_in_words({}) is None
 
 
 def test_average_of_nested_figures() -> None:

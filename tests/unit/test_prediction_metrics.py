@@ -84,6 +84,15 @@ def test_paired_bootstrap_resamples_clusters() -> None:
     assert naive[2] - naive[1] < 0.6 * (high - low)
 
 
+def test_paired_bootstrap_weighs_strata_alike_and_resamples_each_alone() -> None:
+    found = paired_bootstrap([3.0, 1.0, 1.0], [0.0, 0.0, 0.0], strata=["a", "b", "b"])
+    assert found == (2.0, 2.0, 2.0)  # nothing varies inside a stratum
+    clusters = ["x", "x", "y", "y"]
+    assert paired_bootstrap([1.0, 3.0, 0.0, 4.0], [0.0] * 4, clusters, strata=["a"] * 4) == paired_bootstrap(
+        [1.0, 3.0, 0.0, 4.0], [0.0] * 4, clusters
+    )
+
+
 def test_paired_bootstrap_weighs_rows_not_clusters() -> None:
     assert paired_bootstrap([3.0, 1.0, 1.0], [0.0, 0.0, 0.0], ["a", "b", "b"])[0] == pytest.approx(5 / 3)
     assert paired_bootstrap([3.0, 1.0], [1.0, -1.0], ["a", "a"]) == (2.0, 2.0, 2.0)
@@ -98,9 +107,10 @@ def test_paired_bootstrap_weighs_rows_not_clusters() -> None:
         lambda: bootstrap_ci([1.0], level=1.0),
         lambda: paired_bootstrap([1.0], [1.0, 2.0]),
         lambda: paired_bootstrap([1.0], [1.0], ["a", "b"]),
+        lambda: paired_bootstrap([1.0], [1.0], strata=["a", "b"]),
         lambda: kendall_tau([1.0, 2.0], [1.0]),
     ],
-    ids=["empty", "nan", "no resamples", "level", "unpaired", "clusters", "tau unpaired"],
+    ids=["empty", "nan", "no resamples", "level", "unpaired", "clusters", "strata", "tau unpaired"],
 )
 def test_statistics_refuse_bad_input(call: Any) -> None:
     with pytest.raises(InvalidRequestError):

@@ -87,7 +87,9 @@ def summarise(
         for name in names[1:]:
             # The base of a group is its first variant; where it did not run there is nothing to compare with.
             if names[0] == GROUPS[group][0]:
-                variants[name].setdefault("against", {})[names[0]] = _difference(runs, name, names[0])
+                variants[name].setdefault("against", {})[names[0]] = _difference(
+                    runs, name, names[0], bench.test.domains
+                )
     for row in variants.values():
         row.pop("prompt_errors", None)
     return {
@@ -165,8 +167,12 @@ def average(rows: Sequence[Any]) -> Any:
     return float(np.mean([np.nan if row is None else row for row in rows]))
 
 
-def _difference(runs: Sequence[Mapping[str, Any]], name: str, base: str) -> dict[str, Any]:
-    """MRE of ``name`` less that of ``base``, paired by prompt over the seeds that both have, with its interval."""
+def _difference(runs: Sequence[Mapping[str, Any]], name: str, base: str, domains: Sequence[str]) -> dict[str, Any]:
+    """``mre`` of ``name`` less ``base_mre``, paired by prompt over the seeds that both have, with its interval.
+
+    Like every MRE here each is a mean of the domains' means. ``other_seeds``: one of them has more seeds, so that its
+    MRE in the table is another mean.
+    """
     found: dict[str, dict[int, list[float]]] = {name: {}, base: {}}
     for run in runs:
         if run["name"] in found and "error" not in run:
@@ -175,4 +181,15 @@ def _difference(runs: Sequence[Mapping[str, Any]], name: str, base: str) -> dict
     if not seeds:
         return {}
     ours, theirs = (np.mean([found[side][seed] for seed in seeds], axis=0) for side in (name, base))
-    return {"seeds": seeds, "mre_difference": list(paired_bootstrap(ours, theirs))}
+    where = np.asarray(domains)
+    mre, base_mre = (
+        float(np.mean([errors[where == domain].mean() for domain in dict.fromkeys(domains)]))
+        for errors in (ours, theirs)
+    )
+    return {
+        "seeds": seeds,
+        "other_seeds": found[name].keys() != found[base].keys(),
+        "mre": mre,
+        "base_mre": base_mre,
+        "mre_difference": list(paired_bootstrap(ours, theirs, strata=domains)),
+    }

@@ -15,7 +15,7 @@ from lenvm.errors import DataError
 from lenvm.evaluation.figures import read_metrics
 from lenvm.evaluation.figures.tokens import shown
 
-__all__ = ["FRAGMENTS", "fill", "fill_file"]
+__all__ = ["FRAGMENTS", "difference_in_words", "fill", "fill_file"]
 
 Metrics: TypeAlias = Mapping[str, Any]
 
@@ -212,6 +212,21 @@ def _token_check(metrics: Metrics) -> str:
     return _table(["domain", "tokens", "mean shift", "SE", "z", "RMS shift", "mean / RMS"], rows)
 
 
+def difference_in_words(row: Mapping[str, Any]) -> str | None:
+    """Points of MRE against the base of the group, with the interval; None without a base.
+
+    The two figures behind it follow where they are other means than the table's: over the seeds that both have.
+    """
+    found = next((part for part in row.get("against", {}).values() if part), None)
+    if found is None:
+        return None
+    text = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in found["mre_difference"]))
+    if not found["other_seeds"]:
+        return text
+    seeds = ", ".join(str(seed) for seed in found["seeds"])
+    return f"{text}: {100 * found['mre']:.1f} - {100 * found['base_mre']:.1f}, seed {seeds}"
+
+
 def _group(group: str) -> Callable[[Metrics], str]:
     def render(metrics: Metrics) -> str:
         names = metrics["groups"].get(group, [])
@@ -220,13 +235,12 @@ def _group(group: str) -> Callable[[Metrics], str]:
         rows = []
         for name in names:
             row = metrics["variants"][name]
-            difference = next((part.get("mre_difference") for part in row.get("against", {}).values()), None)
-            change = "–" if not difference else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in difference))
             rows.append(
                 [
                     name.replace("_", " "), _percent(row["mre"]),
                     ", ".join(f"{100 * value:.1f}" for value in row["mre_by_seed"]),
-                    *(_percent(_at(row, "domains", domain, "mre")) for domain in _DOMAINS), change,
+                    *(_percent(_at(row, "domains", domain, "mre")) for domain in _DOMAINS),
+                    difference_in_words(row) or "–",
                     _number(row["all_states"]["value_rmse"], ".4f"), _number(row["all_states"]["mae"], ".0f"),
                 ]
             )  # fmt: skip

@@ -46,24 +46,37 @@ def paired_bootstrap(
     n: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    strata: Sequence[Hashable] | None = None,
 ) -> tuple[float, float, float]:
     """``mean(a - b)`` with its interval, as ``(difference, low, high)``; a[i] and b[i] [m] belong together.
 
     ``clusters`` [m] names what is resampled, such as the prompt: several targets of one prompt are not independent.
-    None resamples the pairs. Raises InvalidRequestError as ``bootstrap_ci`` does, and for unequal lengths.
+    None resamples the pairs. ``strata`` [m], such as the domain, weigh the same whatever their sizes (the mean is that
+    of their means), and each is resampled alone. Raises InvalidRequestError as ``bootstrap_ci`` does, and for unequal
+    lengths.
     """
     first, second = _finite(a, "a"), _finite(b, "b")
-    if first.shape != second.shape or (clusters is not None and len(clusters) != len(first)):
-        raise InvalidRequestError("a, b and clusters must have one length: they are paired", param="a")
+    if first.shape != second.shape or any(
+        len(given) != len(first) for given in (clusters, strata) if given is not None
+    ):
+        raise InvalidRequestError("a, b, clusters and strata must have one length: they are paired", param="a")
     _check(n, level)
     difference = first - second
-    index = np.arange(len(first)) if clusters is None else _numbered(clusters)
-    sums, sizes = np.bincount(index, weights=difference), np.bincount(index).astype(np.float64)
-    count = len(sums)
-    # How often each cluster is drawn; the mean of a resample is then a ratio of two dot products.
-    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=n)
-    low, high = _interval((times @ sums) / (times @ sizes), level)
-    return float(difference.mean()), low, high
+    names = range(len(first)) if clusters is None else clusters
+    stratum = np.zeros(len(first), dtype=np.int64) if strata is None else _numbered(strata)
+    rng = np.random.default_rng(seed)
+    means, found = [], []
+    for number in range(int(stratum.max()) + 1):
+        members = np.flatnonzero(stratum == number)
+        index = _numbered([names[at] for at in members.tolist()])
+        sums, sizes = np.bincount(index, weights=difference[members]), np.bincount(index).astype(np.float64)
+        count = len(sums)
+        # How often each cluster is drawn; the mean of a resample is then a ratio of two dot products.
+        times = rng.multinomial(count, np.full(count, 1.0 / count), size=n)
+        means.append(difference[members].mean())
+        found.append((times @ sums) / (times @ sizes))
+    low, high = _interval(np.mean(found, axis=0), level)
+    return float(np.mean(means)), low, high
 
 
 def kendall_tau(x: ArrayLike, y: ArrayLike) -> float:

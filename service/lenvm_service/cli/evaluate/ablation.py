@@ -89,6 +89,8 @@ def ablation(
 
 
 def _print_ablation(metrics: Mapping[str, Any]) -> None:
+    from lenvm.evaluation.results import difference_in_words
+
     console = stdout_console()
     for group, members in metrics["groups"].items():
         shown = table(
@@ -97,13 +99,12 @@ def _print_ablation(metrics: Mapping[str, Any]) -> None:
         )
         for name in members:
             row = metrics["variants"][name]
-            difference = next((part.get("mre_difference") for part in row.get("against", {}).values()), None)
             shown.add_row(
                 name, percent(row["mre"]), ", ".join(f"{100 * value:.1f}" for value in row["mre_by_seed"]),
                 *(percent(row["domains"].get(domain, {}).get("mre")) for domain in ("math", "code", "if")),
                 percent(row["median_error"]), number(row["all_states"]["value_rmse"], ".4f"),
                 number(row["all_states"]["mae"], ".0f"),
-                "-" if difference is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in difference)),
+                difference_in_words(row) or "-",
             )  # fmt: skip
         title(console, f"Ablation: {group}")
         console.print(shown)
