@@ -66,7 +66,7 @@ def test_a_whole_run(run: Any) -> None:
     assert set(metrics) == {*KINDS, "sampling"}
     assert metrics["sampling"] | {"unguided_mean_length": 0, "unguided_cut_share": 0} == {
         "prompts": 6, "prompts_too_long": 0, "prompts_mostly_cut": 0, "samples": 16, "samples_for_targets": 4,
-        "max_new_tokens": 96, "strength": 1.0, "unguided_mean_length": 0, "unguided_cut_share": 0,
+        "max_new_tokens": 96, "strength": 1.0, "min_eos_prob": 0.0, "unguided_mean_length": 0, "unguided_cut_share": 0,
     }  # fmt: skip
     kinds = Counter(job.kind for job in jobs)
     assert kinds[None] == 6 * 16
@@ -113,6 +113,28 @@ def test_parts_add_up_to_the_whole(run: Any, tmp_path: Path) -> None:
         run(replace(SETTINGS, max_new_tokens=64), work=first)
 
 
+def test_an_unlikely_eos_is_not_offered(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    plain = module.ValueGuide
+
+    def guide(scorer: Any, objectives: Any) -> Any:
+        asked.extend(objectives)
+        return plain(scorer, objectives)
+
+    monkeypatch.setattr(module, "ValueGuide", guide)
+    work = tmp_path / "work.jsonl"
+    run(work=work)
+    assert {objective.min_eos_prob for objective in asked} == {0.0}
+    assert "min_eos_prob" not in work.read_text()  # files of before it stay of use
+    asked.clear()
+    metrics, _, sampled = run(replace(SETTINGS, min_eos_prob=0.01), work=work)
+    assert metrics["sampling"]["min_eos_prob"] == 0.01
+    assert sampled
+    assert all(job.kind for job in sampled)  # unguided answers are the same
+    assert {objective.min_eos_prob for objective in asked} == {0.01}
+    assert "min_eos_prob=0.01" in work.read_text()
+
+
 def test_prompts_that_do_not_qualify(run: Any) -> None:
     metrics, _, jobs = run(replace(SETTINGS, max_new_tokens=4, prompts=3))
     # Where nearly every answer is cut there is no length to ask for.
@@ -135,6 +157,7 @@ def test_settings_that_do_not_fit(generator: Any) -> None:
         ({"part": (0, 2)}, "part 0/2"),
         ({"apart": 16}, "some choose|some answers choose"),
         ({"strength": -1.0}, "strength"),
+        ({"min_eos_prob": 2.0}, "min_eos_prob"),
     ):
         with pytest.raises(InvalidRequestError, match=message):
             replace(SETTINGS, **changes)
@@ -163,5 +186,7 @@ def test_the_command(
     assert work.read_text() == before
     again = json.loads(capsys.readouterr().out)
     assert again["equal_to"]["ks"] == pytest.approx(metrics["equal_to"]["ks"], rel=1e-5)
+    assert main([*command, "--json", "--min-eos-prob", "0.05"]) == 0
+    assert json.loads(capsys.readouterr().out)["sampling"]["min_eos_prob"] == 0.05
     assert main([*command, "--part", "2"]) == 2
     assert "like 1/2" in " ".join(capsys.readouterr().err.split())

@@ -47,6 +47,7 @@ class ConditionalSettings:
         default_factory=lambda: {"equal_to": 0.1, "at_most": 0.05, "at_least": 0.05}
     )
     strength: float = 1.0
+    min_eos_prob: float = 0.0
     max_new_tokens: int = 512
     most_cut: float = 0.5
     seed: int = 0
@@ -65,7 +66,11 @@ class ConditionalSettings:
             raise InvalidRequestError("some answers choose targets and some are ranked among: raise samples or change "
                                       "apart", param="samples")  # fmt: skip
         for kind in self.kinds:
-            Objective(kind, 1, tolerance=self.tolerances[kind], strength=self.strength)  # raises for a bad number
+            self.objective(kind, 1, self.tolerances[kind])  # raises for a bad number
+
+    def objective(self, kind: Kind, target: int, tolerance: float) -> Objective:
+        """What a guided answer is asked for."""
+        return Objective(kind, target, tolerance=tolerance, strength=self.strength, min_eos_prob=self.min_eos_prob)
 
     @property
     def targets_from(self) -> int:
@@ -92,6 +97,7 @@ class _Job:
     target: int = 0
     tolerance: float = 0.0
     strength: float = 1.0
+    min_eos_prob: float = 0.0
     keeps_tokens: bool = False
 
     @property
@@ -99,6 +105,8 @@ class _Job:
         if self.kind is None:
             return "unguided", self.prompt.id, self.number
         rule = f"{self.kind} tolerance={self.tolerance:g} strength={self.strength:g}"
+        if self.min_eos_prob:  # files of before know nothing of it
+            rule += f" min_eos_prob={self.min_eos_prob:g}"
         return rule, self.prompt.id, self.target, self.number
 
     def seed(self, run: int) -> int:
@@ -144,6 +152,7 @@ def run_conditional(
         "samples_for_targets": settings.targets_from,
         "max_new_tokens": settings.max_new_tokens,
         "strength": settings.strength,
+        "min_eos_prob": settings.min_eos_prob,
         "unguided_cut_share": float(np.mean([not answer.finished for answer in answers])),
         "unguided_mean_length": float(np.mean([answer.length for answer in answers])),
     }
@@ -203,7 +212,7 @@ def _guided_jobs(prompt: _Asked, unguided: Sequence[Sampled], settings: Conditio
                 rng=rng,
             )
             if target is not None:
-                jobs.append(_Job(prompt, number, kind, target, tolerance, settings.strength))
+                jobs.append(_Job(prompt, number, kind, target, tolerance, settings.strength, settings.min_eos_prob))
     return jobs
 
 
@@ -237,9 +246,7 @@ class _Runner:
             # The gate that does nothing: the same truncation as guided answers, and figures of every answer.
             return gate_guide([1] * len(jobs), ["at_most"] * len(jobs), [FREE] * len(jobs))
         objectives = [
-            Objective(job.kind, job.target, tolerance=job.tolerance, strength=job.strength)
-            for job in jobs
-            if job.kind is not None
+            self.settings.objective(job.kind, job.target, job.tolerance) for job in jobs if job.kind is not None
         ]
         return ValueGuide(self.scorer, objectives)
 

@@ -45,6 +45,9 @@ def conditional(
         float, typer.Option("--tolerance", min=0.0, help="Of at_most and at_least, as a share of the target.")
     ] = 0.05,
     equal_tolerance: Annotated[float, typer.Option("--equal-tolerance", min=0.0, help="Of equal_to.")] = 0.1,
+    min_eos_prob: Annotated[
+        float, typer.Option("--min-eos-prob", min=0.0, max=1.0, help="A less likely EOS is not offered.")
+    ] = 0.0,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="All answers are cut here; prompts mostly cut are left out.")
     ] = 512,
@@ -82,6 +85,7 @@ def conditional(
         pairs_per_prompt=pairs_per_prompt,
         kinds=names(kinds),  # type: ignore[arg-type]  # checked by the settings
         tolerances={"equal_to": equal_tolerance, "at_most": tolerance, "at_least": tolerance},
+        min_eos_prob=min_eos_prob,
         max_new_tokens=max_new_tokens,
         part=_part(part),
     )
