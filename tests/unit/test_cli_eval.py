@@ -107,9 +107,11 @@ def test_lifebench_says_which_gate_and_whether_it_is_beaten(
         "--tuning-tasks", "1", "--targets", "8", "--kinds", "at_least,at_most",
     ]  # fmt: skip
     report, drawn = tmp_path / "lifebench.json", tmp_path / "figures"
-    assert main([*command, "--tolerance", "0.05,0.2", "--report", str(report), "--figures", str(drawn)]) == 0
+    tuned = ["--tolerance", "0.05,0.2", "--cost-cap", "9", "--forced-cap", "0.5"]
+    assert main([*command, *tuned, "--report", str(report), "--figures", str(drawn)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("(tuned on other tasks)") == 4  # the gate and posterior, of two kinds
+    assert len(re.findall(r"within 9 nats and 50.0 % forced stops", shown)) == 2
     assert len(re.findall(r"At its text cost \(\S+ nats\) posterior .*? the best mix of gates on EOS", shown)) == 2
     assert sorted(path.name for path in drawn.iterdir()) == [
         "lifebench.svg", "lifebench_lengths.svg", "lifebench_targets.svg",
@@ -118,6 +120,7 @@ def test_lifebench_says_which_gate_and_whether_it_is_beaten(
     assert shown.count("paper length: the same rule as paper value") == 2
     written = json.loads(report.read_text())["metrics"]
     assert set(written["tuning"]["gates"]) == {"at_least", "at_most"}
+    assert (written["tuning"]["cost_cap"], written["tuning"]["forced_cap"]) == (9.0, 0.5)
     assert [row["tolerance"] for row in written["tuning"]["posterior"]["at_most"]] == [0.05, 0.2]
     assert main([*command, "--tolerance", "soft"]) == 2
     assert "numbers with commas" in " ".join(capsys.readouterr().err.split())

@@ -307,6 +307,10 @@ def test_the_posterior_rule_is_the_best_within_its_caps() -> None:
     forced = [*table[:1], scored_posterior(0.04, 85, 7, forced=0.06)]
     assert choose_posterior(forced, cost_cap=8, forced_cap=0.05) is table[0]
     assert choose_posterior(forced, cost_cap=8, forced_cap=0.0) is table[0]
+    # Both caps hold at once, each bound itself is still within, and of equals the cheaper one is taken.
+    edge = [scored_posterior(0.05, 80, 8, 0.05), scored_posterior(0.04, 99, 7.9, 0.051), scored_posterior(0.03, 80, 6)]
+    assert choose_posterior(edge, cost_cap=8, forced_cap=0.05) is edge[2]
+    assert choose_posterior(edge[:2], cost_cap=8, forced_cap=0.05) is edge[0]
     with pytest.raises(InvalidRequestError, match="no posterior rule"):
         choose_posterior([], cost_cap=8, forced_cap=0.05)
 
@@ -326,6 +330,10 @@ def test_posterior_is_tuned_on_tasks_that_are_not_in_the_test(run: Any) -> None:
     in_test = {row.task_id for row in rows}
     assert {job.policy for job in sampled if job.task.id in in_test} == {PosteriorRule(**chosen)}
     assert {job.policy for job in sampled if job.task.id not in in_test} == set(rules)
+    tuning = metrics["tuning"]
+    assert (tuning["cost_cap"], tuning["forced_cap"], tuning["within_caps"]) == (1e6, 1.0, {"equal_to": True})
+    tight, _, _ = run(replace(settings, cost_cap=-1.0, forced_cap=0.0))  # not even no guidance is within
+    assert tight["tuning"]["within_caps"] == {"equal_to": False}
 
 
 def test_gates_at_no_more_cost_by_hand() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lenvm.errors import InvalidRequestError
 
-__all__ = ["PosteriorRule", "PosteriorScore", "choose_posterior"]
+__all__ = ["PosteriorRule", "PosteriorScore", "choose_posterior", "excess"]
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,21 @@ class PosteriorScore:
 
 
 def choose_posterior(table: Sequence[PosteriorScore], *, cost_cap: float, forced_cap: float) -> PosteriorScore:
-    """The best length score among the rules whose text cost (targets of 64 and more) and share of forced stops stay
-    within the caps; where none does, the one that goes least beyond them.
+    """The best length score among the rules whose text cost (nats, targets of 64 and more) and share of forced stops
+    both stay within the caps; where none does, the one that goes least beyond them.
 
     Raises InvalidRequestError for no rules.
     """
     if not table:
         raise InvalidRequestError("there is no posterior rule: give at least one", param="posterior_grid")
 
-    def excess(score: PosteriorScore) -> float:
-        # A cap of 0 allows nothing: whatever is there is beyond it without measure.
-        pairs = ((score.kl_per_sequence_64plus, cost_cap), (score.forced_stop_rate, forced_cap))
-        return max(max(0.0, value - cap) / max(cap, 1e-9) for value, cap in pairs)
-
-    least = min(excess(score) for score in table)
-    kept = [score for score in table if excess(score) <= least]
+    beyond = [excess(score, cost_cap=cost_cap, forced_cap=forced_cap) for score in table]
+    kept = [score for score, by in zip(table, beyond, strict=True) if by <= min(beyond)]
     return max(kept, key=lambda score: (round(score.ls, 9), -score.kl_per_sequence))
+
+
+def excess(score: PosteriorScore, *, cost_cap: float, forced_cap: float) -> float:
+    """How far a rule goes beyond the caps, as a share of the one it exceeds most; 0 within both."""
+    # A cap of 0 allows nothing: whatever is there is beyond it without measure.
+    pairs = ((score.kl_per_sequence_64plus, cost_cap), (score.forced_stop_rate, forced_cap))
+    return max(max(0.0, value - cap) / max(cap, 1e-9) for value, cap in pairs)

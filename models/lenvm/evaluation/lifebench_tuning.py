@@ -11,7 +11,7 @@ import numpy as np
 from lenvm.evaluation.answers import Answer, AnswerFile
 from lenvm.evaluation.lifebench import Kind, Task, length_score
 from lenvm.evaluation.lifebench_gates import FORCED, FREE, GateRule, RuleScore, best_rule, front
-from lenvm.evaluation.lifebench_posterior import PosteriorRule, PosteriorScore, choose_posterior
+from lenvm.evaluation.lifebench_posterior import PosteriorRule, PosteriorScore, choose_posterior, excess
 from lenvm.evaluation.lifebench_work import Job, LifebenchSettings, Policy, jobs_of
 
 __all__ = ["Tuning", "tuning_jobs", "tuning_of"]
@@ -30,8 +30,7 @@ class Tuning:
         for kind, gates in self.gates.items():
             found["eos_gate", kind] = best_rule(gates, kind).rule
         for kind, table in self.posterior.items():
-            chosen = choose_posterior(table, cost_cap=settings.cost_cap, forced_cap=settings.forced_cap)
-            found["posterior", kind] = chosen.rule
+            found["posterior", kind] = choose_posterior(table, **_caps(settings)).rule
         return found
 
     def front(self, kind: Kind, settings: LifebenchSettings) -> list[GateRule]:
@@ -43,10 +42,14 @@ class Tuning:
         """As a report holds it."""
         return {
             "tasks": len(tasks),
-            "cost_cap": settings.cost_cap,
-            "forced_cap": settings.forced_cap,
+            **_caps(settings),
             "gates": {kind: [score.to_dict() for score in table] for kind, table in self.gates.items()},
             "posterior": {kind: [score.to_dict() for score in table] for kind, table in self.posterior.items()},
+            # Where no rule stays within the caps, the one chosen goes least beyond them.
+            "within_caps": {
+                kind: min(excess(score, **_caps(settings)) for score in table) == 0.0
+                for kind, table in self.posterior.items()
+            },
         }
 
 
@@ -76,6 +79,10 @@ def tuning_of(store: AnswerFile, tasks: Sequence[Task], settings: LifebenchSetti
                 long = cost if max(settings.targets) < 64 else _mean_cost(answers, 64)
                 posterior.setdefault(kind, []).append(PosteriorScore(rule, ls, cost, long, forced))
     return Tuning(gates, posterior)
+
+
+def _caps(settings: LifebenchSettings) -> dict[str, float]:
+    return {"cost_cap": settings.cost_cap, "forced_cap": settings.forced_cap}
 
 
 def _grid(kind: Kind, settings: LifebenchSettings) -> list[GateRule | PosteriorRule]:

@@ -54,8 +54,12 @@ def lifebench(
         str, typer.Option("--min-eos-prob", help="Of posterior: a less likely EOS is not offered; several are tuned.")
     ] = "0",
     cost_cap: Annotated[
-        float, typer.Option("--cost-cap", min=0.0, help="Text cost (nats) within which posterior is tuned.")
+        float,
+        typer.Option("--cost-cap", min=0.0, help="Text cost (nats, targets of 64+) within which posterior is tuned."),
     ] = 8.0,
+    forced_cap: Annotated[
+        float, typer.Option("--forced-cap", min=0.0, max=1.0, help="Share of forced stops within which it is tuned.")
+    ] = 0.05,
     front: Annotated[int, typer.Option("--front", min=2, help="Tuned gates of each kind that go to the test.")] = 12,
     cut: Annotated[int, typer.Option("--cut", min=1, help="Answers are cut at this many times the target.")] = 4,
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Answers in flight at once.")] = 64,
@@ -101,6 +105,7 @@ def lifebench(
             for least in numbers(min_eos_prob)
         ],
         cost_cap=cost_cap,
+        forced_cap=forced_cap,
         front=front,
         cut=cut,
     )
@@ -186,9 +191,13 @@ def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str
 
 
 def _how_chosen(metrics: Mapping[str, Any], mode: str, kind: str) -> str:
-    tables = {"eos_gate": "gates", "posterior": "posterior"}
-    chosen = mode in tables and kind in metrics["tuning"][tables[mode]]
-    return " (tuned on other tasks)" if chosen else ""
+    tuning = metrics["tuning"]
+    if mode == "eos_gate" and kind in tuning["gates"]:
+        return " (tuned on other tasks)"
+    if mode != "posterior" or kind not in tuning["posterior"]:
+        return ""
+    caps = f"{tuning['cost_cap']:g} nats and {percent(tuning['forced_cap'])} forced stops"
+    return f" (tuned on other tasks), {'' if tuning['within_caps'][kind] else 'none '}within {caps}"
 
 
 def _write_texts(path: Path, rows: Sequence[Any], tokenizer: Any) -> None:
