@@ -173,6 +173,70 @@ def test_points_that_did_not_see_all_of_their_data_are_told(reports: Path) -> No
     assert "| 15,000 | 0.43 |" in filled
 
 
+def lifebench_row(ls: float, cost: float, **more: Any) -> dict[str, Any]:
+    rates = dict.fromkeys(("within_5pct", "forced_stop_rate", "natural_end_rate", "empty_rate", "rep4"), 0.25)
+    return {"ls": ls, "kl_per_sequence": cost, **rates, **more}
+
+
+def lifebench_report(**posterior: Any) -> dict[str, Any]:
+    by_target = {at: lifebench_row(60.0, 3.0, mean_length=float(at)) for at in ("1024", "64")}
+    gate = {"kl_per_sequence": 4.9, "ls": 51.4, "posterior_minus_gate": [16.3, 12.6, 20.3]}
+    return {
+        "force_eos": {"equal_to": lifebench_row(100.0, 21.0, kl_per_sequence_64plus=20.0)},
+        "posterior": {
+            "equal_to": lifebench_row(67.7, 5.0, kl_per_sequence_64plus=4.5, by_target=by_target, **posterior)
+        },
+        "gate_front": {
+            "equal_to": {
+                "equal_cost": gate, "no_more_cost": {**gate, "ls": 40.0}, "by_target": {"64": gate}, "rules": [],
+            }
+        },
+        "tuning": {"tasks": 16, "gates": {}, "posterior": {}},
+    }  # fmt: skip
+
+
+def filled_with(metrics: dict[str, Any], fragment: str, folder: Path) -> str:
+    (folder / "lifebench.json").write_text(json.dumps({"metrics": metrics}))
+    return fill(f"<!-- begin:{fragment} -->\n<!-- end:{fragment} -->", folder)
+
+
+def test_lifebench_tables_name_truncation_and_the_cost_at_long_targets(tmp_path: Path) -> None:
+    filled = filled_with(lifebench_report(), "lifebench", tmp_path)
+    assert "| force eos | 100.0 | 25.0 % | 21.0 | 20.0 | 25.0 % |" in filled
+    assert "| posterior | 67.7 | 25.0 % | 5.0 | 4.5 |" in filled
+    old = lifebench_report()
+    del old["force_eos"], old["posterior"]["equal_to"]["kl_per_sequence_64plus"]
+    assert "| posterior | 67.7 | 25.0 % | 5.0 | – |" in filled_with(old, "lifebench", tmp_path)
+
+
+def test_posterior_beside_gates_at_no_more_cost(tmp_path: Path) -> None:
+    filled = filled_with(lifebench_report(), "lifebench-gates", tmp_path)
+    assert "| equal to | mix of two | 67.7 | 5.0 | 51.4 | 4.9 | +16.3 [+12.6, +20.3] |" in filled
+    assert "| equal to | single gate | 67.7 | 5.0 | 40.0 | 4.9 |" in filled
+    alone = lifebench_report()
+    del alone["gate_front"]
+    assert "Not measured yet: `lenvm eval lifebench" in filled_with(alone, "lifebench-gates", tmp_path)
+
+
+def test_posterior_by_target_and_the_caps_it_was_chosen_within(tmp_path: Path) -> None:
+    metrics = lifebench_report()
+    filled = filled_with(metrics, "lifebench-targets", tmp_path)
+    assert "chosen" not in filled  # one rule alone was given
+    rows = [line for line in filled.splitlines() if line.startswith(("| 64", "| 1024"))]
+    assert rows[0] == "| 64 | 60.0 | 25.0 % | 64 | 3.0 | 25.0 % | 25.0 % | +16.3 [+12.6, +20.3] |"
+    assert rows[1].endswith("| – |")  # the front has no such target
+    metrics["tuning"] |= {
+        "posterior": {"equal_to": [{}]}, "cost_cap": 8.0, "forced_cap": 0.05, "within_caps": {"equal_to": True},
+    }  # fmt: skip
+    filled = filled_with(metrics, "lifebench-targets", tmp_path)
+    assert "on 16 other tasks" in filled
+    assert "within 8 nats at targets of 64 and more and 5.0 % forced stops." in filled
+    metrics["tuning"]["within_caps"] = {"equal_to": False}
+    assert "(none of the rules stayed within them)." in filled_with(metrics, "lifebench-targets", tmp_path)
+    del metrics["posterior"]
+    assert "Not measured yet" in filled_with(metrics, "lifebench-targets", tmp_path)
+
+
 def test_every_fragment_renders_and_says_what_is_missing(reports: Path, tmp_path: Path) -> None:
     for name, (report, _) in FRAGMENTS.items():
         document = f"<!-- begin:{name} -->\n<!-- end:{name} -->"

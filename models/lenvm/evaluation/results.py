@@ -7,13 +7,14 @@ fragment NAME. A fragment whose report does not exist says which command writes 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lenvm.errors import DataError
 from lenvm.evaluation.figures import read_metrics
-from lenvm.evaluation.figures.tokens import shown
+from lenvm.evaluation.results_cells import change, code, dig, interval, number, percent, picture, table
+from lenvm.evaluation.results_lifebench import gates, modes, targets
 
 __all__ = ["FRAGMENTS", "difference_in_words", "fill", "fill_file"]
 
@@ -60,55 +61,15 @@ def fill(text: str, reports: Path) -> str:
     return _MARK.sub(made, text)
 
 
-# --- cells ------------------------------------------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [
-        "| " + " | ".join(head) + " |",
-        "|" + "|".join("---" if not at else "---:" for at in range(len(head))) + "|",
-    ]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _at(metrics: Any, *path: str) -> Any:
-    for name in path:
-        metrics = metrics.get(name) if isinstance(metrics, Mapping) else None
-    return metrics
-
-
-def _percent(value: Any, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _number(value: Any, form: str = ".1f") -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _interval(bounds: Any, scale: float = 100.0, form: str = ".1f") -> str:
-    return "–" if not bounds else f"{scale * bounds[0]:{form}} to {scale * bounds[1]:{form}}"
-
-
-def _code(text: str) -> str:
-    """A token in a table cell: backticks around it, more of them where it holds some; bars escaped."""
-    text = shown(text).replace("|", "\\|")
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
-def _picture(name: str, text: str) -> str:
-    return f"![{text}](figures/{name}.svg)"
-
-
 # --- fragments --------------------------------------------------------------------------------------------------------
 
 
 def _prediction(metrics: Metrics) -> str:
     rows = [
         [
-            _DOMAINS[name], _percent(row["mre"]), _interval(row["mre_ci"]), f"{PAPER_MRE[name]} %",
-            _percent(row["median_error"]), _percent(row["noise_floor"]),
-            *(_percent(_at(row, "baselines", rival)) for rival in
+            _DOMAINS[name], percent(row["mre"]), interval(row["mre_ci"]), f"{PAPER_MRE[name]} %",
+            percent(row["median_error"]), percent(row["noise_floor"]),
+            *(percent(dig(row, "baselines", rival)) for rival in
               ("constant", "prompt_length", "linear_probe", "prompt_encoder")),
         ]
         for name, row in metrics.items() if name in _DOMAINS
@@ -117,13 +78,13 @@ def _prediction(metrics: Metrics) -> str:
             "linear probe", "prompt only"]  # fmt: skip
     spread = [
         [
-            _DOMAINS[name], *(_percent(row.get(f"coverage_{level}")) for level in ("p50", "p90", "p95")),
-            _percent(row.get("saturated_p90")), _number(row.get("pinball")), _number(row.get("pinball_constant")),
+            _DOMAINS[name], *(percent(row.get(f"coverage_{level}")) for level in ("p50", "p90", "p95")),
+            percent(row.get("saturated_p90")), number(row.get("pinball")), number(row.get("pinball_constant")),
         ]
         for name, row in metrics.items() if name in _DOMAINS
     ]  # fmt: skip
     quantiles = ["domain", "p50 covers", "p90 covers", "p95 covers", "p90 saturated", "pinball", "constant quantiles"]
-    return _table(head, rows) + "\n\n" + _table(quantiles, spread)
+    return table(head, rows) + "\n\n" + table(quantiles, spread)
 
 
 def _along(metrics: Metrics) -> str:
@@ -131,43 +92,22 @@ def _along(metrics: Metrics) -> str:
     if not found:
         return "*Not measured yet: `lenvm eval prediction`.*"
     places = list(next(iter(found.values())))
-    rows = [[_DOMAINS[name], *(_percent(_at(row, place, "error")) for place in places)] for name, row in found.items()]
-    return _table(["domain", *(f"{100 * float(place):.0f} %" for place in places)], rows)
-
-
-def _lifebench(metrics: Metrics) -> str:
-    parts = []
-    for kind in ("equal_to", "at_most", "at_least"):
-        rows = []
-        for mode in ("unguided", "eos_gate", "paper_value", "paper_length", "posterior"):
-            row = _at(metrics, mode, kind)
-            if row is not None:
-                rows.append(
-                    [
-                        mode.replace("_", " "), _number(row["ls"]), _percent(row["within_5pct"]),
-                        _number(row["kl_per_sequence"]), _percent(row["forced_stop_rate"]),
-                        _percent(row["natural_end_rate"]), _percent(row["empty_rate"]), _percent(row["rep4"]),
-                    ]
-                )  # fmt: skip
-        if rows:
-            head = ["mode", "length score", "within 5 %", "text cost (nats)", "forced stops", "natural ends", "empty",
-                    "rep-4"]  # fmt: skip
-            parts.append(f"**{kind.replace('_', ' ')}**\n\n" + _table(head, rows))
-    return "\n\n".join(parts)
+    rows = [[_DOMAINS[name], *(percent(dig(row, place, "error")) for place in places)] for name, row in found.items()]
+    return table(["domain", *(f"{100 * float(place):.0f} %" for place in places)], rows)
 
 
 def _conditional(metrics: Metrics) -> str:
     rows = [
         [
-            kind.replace("_", " "), str(row["pairs"]), _number(row.get("ks"), ".3f"),
-            _number(row.get("ks_null_95"), ".3f"), _number(row.get("logprob_gap"), "+.3f"),
-            _percent(row.get("natural_end_rate")), _percent(row.get("forced_stop_rate")),
+            kind.replace("_", " "), str(row["pairs"]), number(row.get("ks"), ".3f"),
+            number(row.get("ks_null_95"), ".3f"), number(row.get("logprob_gap"), "+.3f"),
+            percent(row.get("natural_end_rate")), percent(row.get("forced_stop_rate")),
         ]
         for kind in ("at_most", "at_least", "equal_to") if (row := metrics.get(kind)) and row.get("pairs")
     ]  # fmt: skip
     head = ["objective", "pairs", "KS", "KS of an exact sampler, 95 %", "log-probability gap (nats/token)",
             "natural ends", "forced stops"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _tradeoff(metrics: Metrics) -> str:
@@ -178,12 +118,12 @@ def _tradeoff(metrics: Metrics) -> str:
         above = row.get("guided_above_truncation_everywhere")
         rows.append(
             [
-                name, str(row.get("prompts", "–")), _percent(row["unguided_pass"]),
-                "yes" if row.get("qualifies") else "no", _number(row.get("area_ratio"), ".2f"),
+                name, str(row.get("prompts", "–")), percent(row["unguided_pass"]),
+                "yes" if row.get("qualifies") else "no", number(row.get("area_ratio"), ".2f"),
                 "–" if above is None else "yes" if above else "no",
             ]
         )  # fmt: skip
-    return _table(["set", "prompts", "unguided pass@1", "at least 5 %", "area ratio", "above truncation"], rows)
+    return table(["set", "prompts", "unguided pass@1", "at least 5 %", "area ratio", "above truncation"], rows)
 
 
 def _tokens(metrics: Metrics, count: int = 12) -> str:
@@ -191,25 +131,25 @@ def _tokens(metrics: Metrics, count: int = 12) -> str:
     for name, title in (("lengthening", "Lengthening"), ("shortening", "Shortening")):
         rows = [
             [
-                _code(row["text"]), str(row["count"]), str(row["prompts"]), _number(row["mean"], "+.4f"),
-                _number(row["se"], ".4f"), _number(row["tokens"], "+.1f"),
+                code(row["text"]), str(row["count"]), str(row["prompts"]), number(row["mean"], "+.4f"),
+                number(row["se"], ".4f"), number(row["tokens"], "+.1f"),
             ]
             for row in metrics[name][:count]
         ]  # fmt: skip
-        parts.append(f"**{title}**\n\n" + _table(["token", "count", "prompts", "mean shift", "SE", "in tokens"], rows))
+        parts.append(f"**{title}**\n\n" + table(["token", "count", "prompts", "mean shift", "SE", "in tokens"], rows))
     return "\n\n".join(parts)
 
 
 def _token_check(metrics: Metrics) -> str:
     rows = [
         [
-            _DOMAINS.get(name, name), str(row["tokens"]), _number(row["mean_shift"], "+.5f"),
-            _number(row["mean_shift_se"], ".5f"), _number(row["mean_shift_z"], "+.1f"),
-            _number(row["rms_shift"], ".4f"), _percent(_at(row, "mean_over_rms"), 2),
+            _DOMAINS.get(name, name), str(row["tokens"]), number(row["mean_shift"], "+.5f"),
+            number(row["mean_shift_se"], ".5f"), number(row["mean_shift_z"], "+.1f"),
+            number(row["rms_shift"], ".4f"), percent(dig(row, "mean_over_rms"), 2),
         ]
         for name, row in [*metrics["by_domain"].items(), ("all", metrics["overall"])]
     ]  # fmt: skip
-    return _table(["domain", "tokens", "mean shift", "SE", "z", "RMS shift", "mean / RMS"], rows)
+    return table(["domain", "tokens", "mean shift", "SE", "z", "RMS shift", "mean / RMS"], rows)
 
 
 def difference_in_words(row: Mapping[str, Any]) -> str | None:
@@ -220,7 +160,7 @@ def difference_in_words(row: Mapping[str, Any]) -> str | None:
     found = next((part for part in row.get("against", {}).values() if part), None)
     if found is None:
         return None
-    text = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in found["mre_difference"]))
+    text = change(found["mre_difference"], 100.0)
     if not found["other_seeds"]:
         return text
     seeds = ", ".join(str(seed) for seed in found["seeds"])
@@ -237,16 +177,16 @@ def _group(group: str) -> Callable[[Metrics], str]:
             row = metrics["variants"][name]
             rows.append(
                 [
-                    name.replace("_", " "), _percent(row["mre"]),
+                    name.replace("_", " "), percent(row["mre"]),
                     ", ".join(f"{100 * value:.1f}" for value in row["mre_by_seed"]),
-                    *(_percent(_at(row, "domains", domain, "mre")) for domain in _DOMAINS),
+                    *(percent(dig(row, "domains", domain, "mre")) for domain in _DOMAINS),
                     difference_in_words(row) or "–",
-                    _number(row["all_states"]["value_rmse"], ".4f"), _number(row["all_states"]["mae"], ".0f"),
+                    number(row["all_states"]["value_rmse"], ".4f"), number(row["all_states"]["mae"], ".0f"),
                 ]
             )  # fmt: skip
         head = ["variant", "MRE", "by seed", *_DOMAINS.values(), "against the first (points, 95 %)",
                 "RMSE of the return", "mean error (tokens)"]  # fmt: skip
-        return _table(head, rows)
+        return table(head, rows)
 
     return render
 
@@ -261,13 +201,13 @@ def _gamma_positions(metrics: Metrics) -> str:
     rows = [
         [
             f"{found[name]['spec']['gamma']:g}",
-            *(_percent(_at(found[name], "by_position", place, "error")) for place in places),
-            *(_percent(_at(found[name], "by_position", place, "median_remaining")) for place in places),
+            *(percent(dig(found[name], "by_position", place, "error")) for place in places),
+            *(percent(dig(found[name], "by_position", place, "median_remaining")) for place in places),
         ]
         for name in ordered
     ]
     at = [f"{100 * float(place):.0f} %" for place in places]
-    return _table(["gamma", *(f"at {x}" for x in at), *(f"median, at {x}" for x in at)], rows)
+    return table(["gamma", *(f"at {x}" for x in at), *(f"median, at {x}" for x in at)], rows)
 
 
 def _scaling(metrics: Metrics) -> str:
@@ -276,14 +216,14 @@ def _scaling(metrics: Metrics) -> str:
     for axis, points in metrics["axes"].items():
         rows = [
             [
-                f"{row['at']:,.0f}", _number(row.get("epochs"), ".2f"), _percent(row["mre"]),
-                *(_percent(_at(row, "domains", domain, "mre")) for domain in _DOMAINS),
-                _number(_at(row, "losses", "value"), ".5f"), _number(_at(row, "losses", "bins"), ".3f"),
+                f"{row['at']:,.0f}", number(row.get("epochs"), ".2f"), percent(row["mre"]),
+                *(percent(dig(row, "domains", domain, "mre")) for domain in _DOMAINS),
+                number(dig(row, "losses", "value"), ".5f"), number(dig(row, "losses", "bins"), ".3f"),
             ]
             for row in points
         ]  # fmt: skip
         head = [titles[axis], "epochs", "MRE", *_DOMAINS.values(), "held-out squared error", "held-out bins (nats)"]
-        parts.append(_table(head, rows))
+        parts.append(table(head, rows))
     seen = [row["epochs"] for points in metrics["axes"].values() for row in points if "epochs" in row]
     if seen and min(seen) < 1.0:
         parts.insert(0, "The budget is less than one epoch of the fullest data (column *epochs*: how often a model saw "
@@ -301,7 +241,7 @@ def _budget(metrics: Metrics) -> str:
 
 
 def _figures(*names: tuple[str, str]) -> Callable[[Metrics], str]:
-    return lambda metrics: "\n\n".join(_picture(name, text) for name, text in names)
+    return lambda metrics: "\n\n".join(picture(name, text) for name, text in names)
 
 
 def _token_figures(metrics: Metrics) -> str:
@@ -317,7 +257,9 @@ def _token_figures(metrics: Metrics) -> str:
 FRAGMENTS: Mapping[str, tuple[str, Callable[[Metrics], str]]] = {
     "prediction": ("prediction", _prediction),
     "prediction-along": ("prediction", _along),
-    "lifebench": ("lifebench", _lifebench),
+    "lifebench": ("lifebench", modes),
+    "lifebench-gates": ("lifebench", gates),
+    "lifebench-targets": ("lifebench", targets),
     "conditional": ("conditional", _conditional),
     "tradeoff": ("tradeoff", _tradeoff),
     "tokens": ("tokens", _tokens),
