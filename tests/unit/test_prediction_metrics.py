@@ -324,7 +324,7 @@ def test_errors_along_the_answer_by_hand() -> None:
     lengths = np.asarray([100, 7])
     assert places(7) == [0, 1, 3, 5, 6]
     horizons = np.asarray([[120.0, 75.0, 40.0, 25.0, 10.0], [7.0, 6.0, 4.0, 2.0, 3.0]])
-    report = along_metrics(horizons, None, lengths)
+    report = along_metrics(horizons, None, lengths, ["a", "b"])
     assert set(report) == {f"{fraction:g}" for fraction in FRACTIONS}
     assert report["0"]["error"] == pytest.approx((0.2 + 0.0) / 2) == report["0"]["error_remaining"]
     assert report["0.5"]["error"] == pytest.approx((10 / 100 + 0.0) / 2)
@@ -332,9 +332,26 @@ def test_errors_along_the_answer_by_hand() -> None:
     assert report["0.9"]["error_remaining"] == pytest.approx((0.0 + 2.0) / 2)
     assert report["0.9"]["error_static"] == pytest.approx((20 / 100 + 0.0) / 2)  # 120 - 90 = 30 where 10 are left
     assert math.isnan(report["0.5"]["error_mean"])
-    assert along_metrics(horizons, horizons + 1.0, lengths)["0.25"]["error_mean"] == pytest.approx(
+    assert along_metrics(horizons, horizons + 1.0, lengths, ["a", "b"])["0.25"]["error_mean"] == pytest.approx(
         (1 / 100 + 1 / 7) / 2
     )
+
+
+def test_errors_along_the_answer_vary_by_prompt_and_not_by_answer() -> None:
+    """Answers to one prompt that are off by the same: repeats of them are no news."""
+    rng = np.random.default_rng(0)
+    lengths, off = np.full(40, 100), np.repeat(rng.uniform(0.0, 100.0, 10), 4)
+    horizons = np.stack([100.0 - at + off for at in places(100)], axis=1)
+    clustered = along_metrics(horizons, None, lengths, [at // 4 for at in range(40)])["0"]
+    alone = along_metrics(horizons[::4], None, lengths[::4], list(range(10)))["0"]
+    apart = along_metrics(horizons, None, lengths, list(range(40)))["0"]
+    assert clustered["error"] == pytest.approx(alone["error"])
+    assert clustered["error_ci"] == pytest.approx(alone["error_ci"])
+
+    def width(row: Any) -> float:
+        return float(row["error_ci"][1] - row["error_ci"][0])
+
+    assert width(clustered) == pytest.approx(2 * width(apart), rel=0.15)
 
 
 def test_the_probe_finds_the_layer_that_knows() -> None:

@@ -15,7 +15,7 @@ not know the length), so nothing here says whether quantiles hold in mid-answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lenvm.distribution import restricted_mean
 from lenvm.errors import InvalidRequestError
 from lenvm.evaluation.states import PromptAnswers, StateRow, score_states
-from lenvm.evaluation.stats import bootstrap_ci
+from lenvm.evaluation.stats import paired_bootstrap
 from lenvm.returns import horizon_from_logit
 from lenvm.scoring import Scorer
 
@@ -49,6 +49,7 @@ def errors_along(
     rows: list[StateRow] = []
     lengths: list[int] = []
     domains: list[str] = []
+    names: list[str] = []
     for prompt in prompts:
         ended = [index for index in range(len(prompt.lengths)) if prompt.finished[index] and prompt.lengths[index] > 0]
         for index in ended[:answers]:
@@ -56,6 +57,7 @@ def errors_along(
             rows.append(StateRow(prompt.prompt_ids, prompt.tokens(index), places(length)))
             lengths.append(length)
             domains.append(prompt.domain)
+            names.append(prompt.prompt_id)
     if not rows:
         raise InvalidRequestError("no sampled answer has ended: there is no length to compare with")
     scores = score_states(scorer, rows, progress=progress)
@@ -70,6 +72,7 @@ def errors_along(
             np.maximum(horizons, 0.0)[where == domain],
             None if means is None else means[where == domain],
             whole[where == domain],
+            [name for name, own in zip(names, domains, strict=True) if own == domain],
         )
         for domain in dict.fromkeys(domains)
     }
@@ -81,9 +84,11 @@ def places(length: int) -> list[int]:
 
 
 def along_metrics(
-    horizons: FloatArray, means: FloatArray | None, lengths: NDArray[np.int64]
+    horizons: FloatArray, means: FloatArray | None, lengths: NDArray[np.int64], prompts: Sequence[Hashable]
 ) -> dict[str, dict[str, Any]]:
     """Figures at each fraction; predicted rests in content tokens [answers, fractions], lengths L [answers].
+
+    ``prompts`` [answers] names whose answer each is: the interval resamples prompts, since answers to one are alike.
 
     ``error``, ``error_ci``, ``error_median`` and ``error_remaining`` are of the horizon, ``error_mean`` of the bins'
     mean (NaN without bins); ``error_static`` keeps the horizon of ``s_0`` and counts down from it: what a prediction at
@@ -99,7 +104,7 @@ def along_metrics(
         report[f"{fraction:g}"] = {
             "answers": len(errors),
             "error": float(errors.mean()),
-            "error_ci": list(bootstrap_ci(errors)),
+            "error_ci": list(paired_bootstrap(errors, np.zeros_like(errors), prompts)[1:]),
             "error_median": float(np.median(errors)),
             "error_remaining": float((np.abs(horizons[:, at] - rest) / rest).mean()),
             "error_mean": float("nan") if means is None else float((np.abs(means[:, at] - rest) / whole).mean()),
