@@ -23,8 +23,16 @@ def test_prediction(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, caps
     assert "constant" in shown
     written = json.loads(report.read_text())
     assert set(written) == {"command", "commit", "device", "date", "versions", "metrics"}
-    assert set(written["metrics"]) == {"math", "code", "if"}
+    assert set(written["metrics"]) == {"math", "code", "if", "pooled"}
+    together = written["metrics"].pop("pooled")
+    assert together["mre"] == pytest.approx(sum(row["mre"] for row in written["metrics"].values()) / 3)
+    gain = 1 - together["mre"] / together["baselines"]["constant"]
+    assert together["gain_over"]["constant"] == pytest.approx(gain, abs=1e-4)
+    assert together["gain_over"]["prompt_encoder"] is None
+    assert "error that is gone" in shown
     for row in written["metrics"].values():
+        gain = 1 - row["mre"] / row["baselines"]["linear_probe"]
+        assert row["gain_over"]["linear_probe"] == pytest.approx(gain, abs=1e-4)
         assert {"mre", "mre_ci", "median_error", "noise_floor", "oracle_horizon", "kendall_tau", "pinball"} <= set(row)
         assert set(row["along"]) == {"0", "0.25", "0.5", "0.75", "0.9"}
         assert row["baselines"]["linear_probe"] > 0.0
@@ -37,6 +45,7 @@ def test_prediction(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, caps
     again = json.loads(capsys.readouterr().out)
     assert again["code"]["mre"] == pytest.approx(written["metrics"]["code"]["mre"], rel=1e-5)
     assert again["code"]["baselines"]["prompt_encoder"] == again["code"]["mre"]  # the same model
+    assert again["code"]["gain_over"]["prompt_encoder"] == 0.0
     assert "along" not in again["code"]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"prediction.svg", "prediction_reliability.svg"}
 
@@ -49,6 +58,7 @@ def test_prediction_refuses_baselines_fitted_on_test_prompts(
     assert main([*command, "--train-prompts", "1", "--work", str(work), "--along", "0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["math"]["baselines"]["linear_probe"] is None  # three train prompts are too few
+    assert "linear_probe_prompts" not in found["math"]["baseline_fit"]
     rollouts = str(work / "rollouts-eval-test")
     assert main([*command, "--test-rollouts", rollouts, "--train-rollouts", rollouts]) == 1
     assert "in both rollouts" in capsys.readouterr().err

@@ -173,6 +173,23 @@ def test_points_that_did_not_see_all_of_their_data_are_told(reports: Path) -> No
     assert "| 15,000 | 0.43 |" in filled
 
 
+def test_prediction_tables_have_the_gain_over_each_baseline(tmp_path: Path) -> None:
+    row = {
+        "mre": 0.3, "mre_ci": [0.28, 0.32], "median_error": 0.25, "noise_floor": 0.1,
+        "baselines": {"constant": 0.5, "linear_probe": 0.4}, "gain_over": {"constant": 0.4, "linear_probe": 0.25},
+        "baseline_fit": {"linear_probe_prompts": 45000},
+    }  # fmt: skip
+    together = {name: row[name] for name in ("mre", "baselines", "gain_over")}
+    (tmp_path / "prediction.json").write_text(json.dumps({"metrics": {"if": row, "pooled": together}}))
+    filled = fill("<!-- begin:prediction -->\n<!-- end:prediction -->", tmp_path)
+    assert "| instruction | 40.0 % | – | 25.0 % | – | 45,000 |" in filled
+    assert "| pooled | 40.0 % | – | 25.0 % | – | – |" in filled
+    assert filled.count("| pooled") == 1
+    del row["gain_over"]  # a report of an earlier release
+    (tmp_path / "prediction.json").write_text(json.dumps({"metrics": {"if": row}}))
+    assert "error less" not in fill("<!-- begin:prediction -->\n<!-- end:prediction -->", tmp_path)
+
+
 def lifebench_row(ls: float, cost: float, **more: Any) -> dict[str, Any]:
     rates = dict.fromkeys(("within_5pct", "forced_stop_rate", "natural_end_rate", "empty_rate", "rep4"), 0.25)
     return {"ls": ls, "kl_per_sequence": cost, **rates, **more}

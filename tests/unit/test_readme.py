@@ -33,6 +33,8 @@ def report(name: str) -> dict[str, Any]:
 
 def test_prediction_table() -> None:
     for domain, row in report("prediction").items():
+        if domain == "pooled":
+            continue  # of all domains at once
         low, high = row["mre_ci"]
         cells = [
             domain,

@@ -28,6 +28,7 @@ __all__ = [
     "fit_prompt_length",
     "noise_floor",
     "oracle_horizon_errors",
+    "pooled",
     "relative_errors",
 ]
 
@@ -81,7 +82,8 @@ def evaluate_domain(data: DomainData, *, cap: int = CAP, gamma: float = GAMMA, s
     """Every figure of one domain, errors as fractions and lengths in tokens; NaN where a figure does not exist.
 
     ``baselines.NAME`` is that predictor's MRE and ``baseline_gain.NAME`` is ``[baseline MRE - mre, low, high]``, paired
-    by prompt. ``constant_on_test`` is fitted on the test truths themselves: no constant can do better.
+    by prompt; ``gain_over.NAME`` is the share of the baseline's MRE that is gone, ``1 - mre / baseline MRE``.
+    ``constant_on_test`` is fitted on the test truths themselves: no constant can do better.
     ``mre_mean``: of the mean read from the bins. ``oracle_horizon``: the MRE of the horizon of an exact value, measured
     on half of the samples against the other half; ``oracle_horizon_same``: on the same samples, which leaves the gap
     between horizon and mean alone (``oracle_horizon_errors``).
@@ -121,6 +123,24 @@ def evaluate_domain(data: DomainData, *, cap: int = CAP, gamma: float = GAMMA, s
         report["uncalibrated"] = quantile_metrics(data.uncalibrated, remaining, train_remaining, cap)
     report |= _baselines(data, truth, errors, cap, seed)
     return report
+
+
+def pooled(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All domains in one row, each of the same weight: ``prompts`` in all, means of ``mre`` and ``baselines``, and the
+    ``gain_over`` each of these means. NaN where a domain lacks the baseline."""
+    rows = list(metrics.values())
+    mre = float(np.mean([row["mre"] for row in rows]))
+    baselines = {name: float(np.mean([row["baselines"][name] for row in rows])) for name in rows[0]["baselines"]}
+    return {
+        "prompts": sum(row["prompts"] for row in rows),
+        "mre": mre,
+        "baselines": baselines,
+        "gain_over": _gain_over(mre, baselines),
+    }
+
+
+def _gain_over(mre: float, baselines: Mapping[str, float]) -> dict[str, float]:
+    return {name: 1.0 - mre / other if other else float("nan") for name, other in baselines.items()}
 
 
 def relative_errors(predicted: ArrayLike, truth: ArrayLike) -> FloatArray:
@@ -242,4 +262,5 @@ def _baselines(data: DomainData, truth: FloatArray, errors: FloatArray, cap: int
         "prompt_length_slope": slope,
         "prompt_length_factor": factor,
     }
-    return {"baselines": scores, "baseline_gain": gains, "baseline_fit": fitted}
+    relative = _gain_over(float(errors.mean()), scores)
+    return {"baselines": scores, "baseline_gain": gains, "gain_over": relative, "baseline_fit": fitted}

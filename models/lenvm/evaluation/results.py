@@ -23,6 +23,10 @@ Metrics: TypeAlias = Mapping[str, Any]
 # The paper's 1.5B row (its Table of Eq. 13-15), in percent.
 PAPER_MRE = {"math": 17, "code": 29, "if": 33}
 _DOMAINS = {"math": "math", "code": "code", "if": "instruction"}
+_RIVALS = {
+    "constant": "constant", "prompt_length": "prompt length", "linear_probe": "linear probe",
+    "prompt_encoder": "prompt only",
+}  # fmt: skip
 _MARK = re.compile(r"<!-- begin:([\w-]+) -->\n.*?<!-- end:\1 -->", re.DOTALL)
 
 
@@ -69,13 +73,11 @@ def _prediction(metrics: Metrics) -> str:
         [
             _DOMAINS[name], percent(row["mre"]), interval(row["mre_ci"]), f"{PAPER_MRE[name]} %",
             percent(row["median_error"]), percent(row["noise_floor"]),
-            *(percent(dig(row, "baselines", rival)) for rival in
-              ("constant", "prompt_length", "linear_probe", "prompt_encoder")),
+            *(percent(dig(row, "baselines", rival)) for rival in _RIVALS),
         ]
         for name, row in metrics.items() if name in _DOMAINS
     ]  # fmt: skip
-    head = ["domain", "MRE", "95 %", "paper, 1.5B", "median error", "noise floor", "constant", "prompt length",
-            "linear probe", "prompt only"]  # fmt: skip
+    head = ["domain", "MRE", "95 %", "paper, 1.5B", "median error", "noise floor", *_RIVALS.values()]  # fmt: skip
     spread = [
         [
             _DOMAINS[name], *(percent(row.get(f"coverage_{level}")) for level in ("p50", "p90", "p95")),
@@ -84,7 +86,21 @@ def _prediction(metrics: Metrics) -> str:
         for name, row in metrics.items() if name in _DOMAINS
     ]  # fmt: skip
     quantiles = ["domain", "p50 covers", "p90 covers", "p95 covers", "p90 saturated", "pinball", "constant quantiles"]
-    return table(head, rows) + "\n\n" + table(quantiles, spread)
+    return "\n\n".join([table(head, rows), *_gains(metrics), table(quantiles, spread)])
+
+
+def _gains(metrics: Metrics) -> list[str]:
+    """Share of each baseline's error that is gone; nothing for a report of an earlier release."""
+    rows = [
+        [_DOMAINS.get(name, name), *(percent(row["gain_over"].get(rival)) for rival in _RIVALS), _probed(row)]
+        for name, row in metrics.items() if "gain_over" in row
+    ]  # fmt: skip
+    head = ["error less than that of", *_RIVALS.values(), "train prompts of the probe"]
+    return [table(head, rows)] if rows else []
+
+
+def _probed(row: Metrics) -> str:
+    return number(dig(row, "baseline_fit", "linear_probe_prompts"), ",d")
 
 
 def _along(metrics: Metrics) -> str:

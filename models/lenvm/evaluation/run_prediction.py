@@ -37,12 +37,12 @@ class PredictionOptions:
     """What ``evaluate_rollouts`` measures beside the model at the prompt boundary.
 
     ``along``: finished answers of each prompt to follow to their end (0: none). ``probe_prompts``: train prompts for
-    the linear probe at most (0, or fewer than 10 in all: no probe). ``prompt_encoder``: a checkpoint trained with
-    ``s_0`` supervised alone.
+    the linear probe at most (None: all; 0, or fewer than 10 in all: no probe). ``prompt_encoder``: a checkpoint
+    trained with ``s_0`` supervised alone.
     """
 
     along: int = 2
-    probe_prompts: int = 8000
+    probe_prompts: int | None = None
     prompt_encoder: LengthValueModel | None = None
     device: str = "cpu"
     seed: int = 0
@@ -204,11 +204,12 @@ def _rivals(
     """Predictions in content tokens [prompts] of the trained baselines, and how these were fitted."""
     found: dict[str, FloatArray | None] = {"linear_probe": None, "prompt_encoder": None}
     fits: dict[str, Any] = {}
-    if options.probe_prompts and len(train) >= MIN_PROMPTS:
-        probe, found["linear_probe"] = _probe(model, prompts, train, cap, options, progress)
+    if options.probe_prompts != 0 and len(train) >= MIN_PROMPTS:
+        chosen = _probe_prompts(train, options)
+        probe, found["linear_probe"] = _probe(model, prompts, chosen, cap, options, progress)
         fits["linear_probe_layer"], fits["linear_probe_ridge"] = probe.layer, probe.ridge
         fits["linear_probe_cross_validated"] = probe.cross_validated
-        fits["linear_probe_prompts"] = min(len(train), options.probe_prompts)
+        fits["linear_probe_prompts"] = len(chosen)
     if options.prompt_encoder is not None:
         other = options.prompt_encoder
         report = _stage(progress, "prompt encoder")
@@ -218,16 +219,19 @@ def _rivals(
     return found, fits
 
 
+def _probe_prompts(train: Sequence[PromptAnswers], options: PredictionOptions) -> list[PromptAnswers]:
+    order = np.random.default_rng(options.seed).permutation(len(train))[: options.probe_prompts]
+    return [train[index] for index in sorted(order.tolist())]
+
+
 def _probe(
     model: LengthValueModel,
     prompts: Sequence[PromptAnswers],
-    train: Sequence[PromptAnswers],
+    chosen: Sequence[PromptAnswers],
     cap: int,
     options: PredictionOptions,
     progress: Progress | None,
 ) -> tuple[LinearProbe, FloatArray]:
-    order = np.random.default_rng(options.seed).permutation(len(train))[: options.probe_prompts]
-    chosen = [train[index] for index in sorted(order.tolist())]
     ids = [prompt.prompt_ids for prompt in [*chosen, *prompts]]
     states = prompt_features(
         str(model.backbone_dir), ids, device=options.device, progress=_stage(progress, "linear probe")

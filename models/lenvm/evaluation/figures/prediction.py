@@ -35,6 +35,7 @@ _FLOORS = (("noise_floor", "noise floor", "-"), ("oracle_horizon", "horizon of a
 
 def draw(metrics: Mapping[str, Any], folder: Path) -> list[Path]:
     """One file for each of the three; those whose figures the report lacks (older, or run without) are left out."""
+    metrics = {name: row for name, row in metrics.items() if name != "pooled"}
     with styled():
         made = [_errors(metrics, folder)]
         if all(row.get("along") for row in metrics.values()):

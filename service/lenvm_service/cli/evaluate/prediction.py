@@ -52,8 +52,11 @@ def prediction(
         int, typer.Option("--along", min=0, help="Answers of each prompt to follow from beginning to end; 0: none.")
     ] = 2,
     probe_prompts: Annotated[
-        int, typer.Option("--probe-prompts", min=0, help="Train prompts for the linear probe at most; 0: no probe.")
-    ] = 8000,
+        int | None,
+        typer.Option(
+            "--probe-prompts", min=0, help="Train prompts for the linear probe at most; 0: none. Default: all."
+        ),
+    ] = None,
     work: WorkOption = None,
     device: DeviceOption = "cpu",
     report: ReportOption = None,
@@ -67,6 +70,7 @@ def prediction(
     sampling takes hours.
     """
     need("train")
+    from lenvm.evaluation.prediction import pooled
     from lenvm.evaluation.run_prediction import PredictionOptions, evaluate_rollouts
 
     check_device(device)
@@ -79,7 +83,8 @@ def prediction(
         given = (test_rollouts, train_rollouts)
         test, train = _rollouts(loaded, data, folder, given, samples, train_prompts, device, progress)
         metrics = evaluate_rollouts(loaded, test, train, options, progress=progress.update)
-    publish(report, metrics, device)
+    published = {**metrics, "pooled": pooled(metrics)}
+    publish(report, published, device)
     draw("prediction", metrics, figures)
     if update:
         from lenvm.card import update_card
@@ -87,9 +92,9 @@ def prediction(
 
         update_card(find_checkpoint(model), "prediction", metrics)
     if as_json:
-        print_json(metrics)
+        print_json(published)
     else:
-        _print_prediction(metrics)
+        _print_prediction(metrics, published["pooled"])
 
 
 def _rollouts(
@@ -127,7 +132,7 @@ def _rollouts(
     return found["test"], found["train"]
 
 
-def _print_prediction(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_prediction(metrics: Mapping[str, Mapping[str, Any]], pooled: Mapping[str, Any]) -> None:
     console = stdout_console()
     some = next(iter(metrics.values()))
     title(
@@ -137,6 +142,7 @@ def _print_prediction(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     for caption, made in (
         ("Mean relative error (MRE) of the horizon at the prompt boundary", _errors(metrics)),
         ("Next to baselines fitted on train prompts", _rivals(metrics)),
+        ("Share of a baseline's error that is gone", _gains({**metrics, "pooled": pooled})),
         ("Quantiles" + (", calibrated" if some["calibrated"] else ""), _quantiles(metrics)),
         ("Error of the predicted rest relative to the whole answer, by the share that was generated", _along(metrics)),
     ):
@@ -163,12 +169,23 @@ def _errors(metrics: Mapping[str, Mapping[str, Any]]) -> Any:
     return shown
 
 
+_RIVALS = {
+    "constant": "constant", "prompt_length": "prompt length", "linear_probe": "linear probe",
+    "prompt_encoder": "prompt only", "constant_on_test": "best constant on test",
+}  # fmt: skip
+
+
 def _rivals(metrics: Mapping[str, Mapping[str, Any]]) -> Any:
-    names = ("constant", "prompt_length", "linear_probe", "prompt_encoder", "constant_on_test")
-    head = ["domain", "MRE", "constant", "prompt length", "linear probe", "prompt only", "best constant on test"]
-    shown = table(head, text=("domain",))
+    shown = table(["domain", "MRE", *_RIVALS.values()], text=("domain",))
     for domain, row in metrics.items():
-        shown.add_row(domain, percent(row["mre"]), *(percent(row["baselines"][name]) for name in names))
+        shown.add_row(domain, percent(row["mre"]), *(percent(row["baselines"][name]) for name in _RIVALS))
+    return shown
+
+
+def _gains(metrics: Mapping[str, Mapping[str, Any]]) -> Any:
+    shown = table(["domain", *_RIVALS.values()], text=("domain",))
+    for domain, row in metrics.items():
+        shown.add_row(domain, *(percent(row["gain_over"][name]) for name in _RIVALS))
     return shown
 
 
