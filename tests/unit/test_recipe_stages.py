@@ -79,6 +79,41 @@ def test_parts_together_are_the_whole(recipe: Recipe, tiny_data: Path, tmp_path:
     assert model.config.name == "tiny"
 
 
+def test_what_an_earlier_larger_request_left_is_not_trained_on(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path, single_thread: None
+) -> None:
+    work = tmp_path / "work"
+    run_recipe(recipe, data=tiny_data, work=work, output=tmp_path / "out")
+    assert recipe.branches is not None
+    less = replace(
+        recipe,
+        rollouts=replace(recipe.rollouts, prompts={"math": 3}, samples=1),
+        branches=replace(recipe.branches, prompts=2, sentences=0),
+    )
+    result = run_recipe(less, data=tiny_data, work=work, output=tmp_path / "less")
+    fresh = run_recipe(less, data=tiny_data, work=tmp_path / "fresh", output=tmp_path / "fresh-out")
+    assert {name: row["answers"] for name, row in result["rollouts"].items()} == {
+        "valid": 1,
+        "train": 3,
+        "branches": 4,
+    }
+    assert {name: row["answers"] for name, row in fresh["rollouts"].items()} == {
+        name: row["answers"] for name, row in result["rollouts"].items()
+    }
+    # The same answers; branches hang on the guide, which the larger request trained.
+    for name in ("valid", "train"):
+        assert result["rollouts"][name] == fresh["rollouts"][name]
+
+
+def test_parts_that_were_made_for_fewer_samples_are_told(recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
+    recipe = replace(recipe, branches=None)
+    fewer = replace(recipe, rollouts=replace(recipe.rollouts, samples=1))
+    for part in (0, 1):
+        make_rollouts(fewer, data=tiny_data, work=tmp_path, device="cpu", only="train", part=(part, 2))
+    with pytest.raises(DataError, match="holds 26 of 52 answers"):
+        run_recipe(recipe, data=tiny_data, work=tmp_path, output=tmp_path / "out")
+
+
 def test_missing_parts_and_wrong_stages_are_told(recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "rollouts-train" / "part-0-of-2").mkdir(parents=True)
     with pytest.raises(DataError, match="other parts"):

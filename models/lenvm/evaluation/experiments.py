@@ -252,7 +252,7 @@ def choose_prompts(rollouts: RolloutSet, per_domain: int | None, share: float = 
 
 
 def _part(rollouts: RolloutSet, indices: Sequence[int]) -> RolloutSet:
-    return RolloutSet((rollouts[index] for index in sorted(indices)), rollouts.generator)
+    return rollouts.take(sorted(indices))
 
 
 def run_specs(

@@ -23,12 +23,12 @@ from lenvm.errors import InvalidRequestError
 from lenvm.guidance import Objective
 from lenvm.guides import ValueGuide
 from lenvm.prompts import Prompt
-from lenvm.rollouts.records import Rollout, RolloutSet
+from lenvm.rollouts.records import Key, Rollout, RolloutSet
 from lenvm.rollouts.sampling import LocalGenerator, stream_seed
 from lenvm.rollouts.store import RolloutWriter, completed, read_rollouts
 from lenvm.scoring import Scorer
 
-__all__ = ["BranchSettings", "branch_rollouts", "length_sentence", "sentence_prompts"]
+__all__ = ["BranchSettings", "branch_key", "branch_rollouts", "length_sentence", "sentence_prompts"]
 
 _SENTENCES: Mapping[str, Sequence[str]] = {
     "equal_to": (
@@ -149,7 +149,7 @@ def branch_rollouts(
     done = completed(folder, description)
     todo = []
     for plan in (_plan(prompt, settings, seed) for prompt in prompts):
-        keys = [_branch_key(plan.prompt, index, seed) for index in range(settings.points)]
+        keys = [branch_key(plan.prompt, index, seed) for index in range(settings.points)]
         if not all(key in done for key in keys):
             todo.append(plan)
     if on_done:
@@ -171,16 +171,16 @@ def branch_rollouts(
         for index, fraction in enumerate(plan.cuts):
             cut = min(len(answer.token_ids), math.ceil(fraction * (len(answer.token_ids) + 1)))
             cut = min(cut, generator.sampler.context - len(ids) - 1)  # room for one token at least
-            if (key := _branch_key(plan.prompt, index, seed)) not in done:
+            if (key := branch_key(plan.prompt, index, seed)) not in done:
                 done.add(key)
                 starts.append((plan, index, [*ids, *answer.token_ids[:cut]]))
     # Neighbours of like length: prompts are stored in batches of one width.
     starts.sort(key=lambda start: -len(start[2]))
-    requests = [Request(ids, _branch_key(plan.prompt, index, seed)[1]) for plan, index, ids in starts]
+    requests = [Request(ids, branch_key(plan.prompt, index, seed)[1]) for plan, index, ids in starts]
     with RolloutWriter(folder, description) as writer:
         for at, answer in generator.sampler.stream(requests, limit):
             plan, index, ids = starts[at]
-            name, branch_seed = _branch_key(plan.prompt, index, seed)
+            name, branch_seed = branch_key(plan.prompt, index, seed)
             writer.add(Rollout(name, plan.prompt.domain, ids, answer.token_ids, answer.finished, branch_seed))
             if on_done:
                 on_done(1, len(answer.token_ids))
@@ -218,7 +218,8 @@ def _with_sentence(text: str, sentence: str, rng: np.random.Generator) -> str:
     return layout.replace("{sentence}", sentence).replace("{task}", text)
 
 
-def _branch_key(prompt: Prompt, index: int, seed: int) -> tuple[str, int]:
+def branch_key(prompt: Prompt, index: int, seed: int) -> Key:
+    """Id and seed of the ``index``-th branch of a prompt's guided answer."""
     name = f"{prompt.id}#branch{index}"
     return name, stream_seed(name, 0, seed)
 

@@ -125,10 +125,7 @@ def rollouts_from_endpoint(
     if not completed(folder):
         reason = next(iter(run.refused.values()), "no prompt is left to ask")
         raise EndpointError(f"the endpoint answered none of the prompts ({reason})")
-    rollouts = read_rollouts(folder)
-    keys = set(zip(rollouts.prompt_keys, rollouts.seeds.tolist(), strict=True))
-    if not keys <= run.wanted:  # answers that an earlier call asked for
-        rollouts = RolloutSet((rollout for rollout in rollouts if rollout.key in run.wanted), rollouts.generator)
+    rollouts = read_rollouts(folder).with_keys(run.wanted)  # not what an earlier call asked for beside it
     return EndpointRun(rollouts, run.refused, run.failed, run.notes())
 
 

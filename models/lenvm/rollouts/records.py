@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -100,6 +100,24 @@ class RolloutSet:
         """Prompt token ids of one rollout, a view [prompt length]."""
         start = self._prompt_starts[index]
         return self._flat_prompts[start : start + self._prompt_lengths[index]]
+
+    def take(self, indices: Sequence[int] | IntArray) -> RolloutSet:
+        """The rollouts at ``indices``, in that order; token ids are shared, not copied."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        made = RolloutSet.__new__(RolloutSet)
+        made.generator = self.generator
+        made.prompt_keys = [self.prompt_keys[index] for index in chosen.tolist()]
+        made.domains = [self.domains[index] for index in chosen.tolist()]
+        for name in ("seeds", "finished", "lengths", "_token_starts", "_prompt_lengths", "_prompt_starts"):
+            setattr(made, name, getattr(self, name)[chosen])
+        made._flat_tokens, made._flat_prompts = self._flat_tokens, self._flat_prompts
+        return made
+
+    def with_keys(self, keys: Collection[Key]) -> RolloutSet:
+        """Those of ``keys`` (prompt id, seed) alone; the same set where that is all of them."""
+        own = zip(self.prompt_keys, self.seeds.tolist(), strict=True)
+        kept = [index for index, key in enumerate(own) if key in keys]
+        return self if len(kept) == len(self) else self.take(kept)
 
     def by_prompt(self) -> dict[str, list[int]]:
         """Prompt id -> indices of its rollouts, by seed."""

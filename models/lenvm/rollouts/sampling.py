@@ -104,8 +104,4 @@ def sample_rollouts(
             )
             if on_done:
                 on_done(1, len(generation.token_ids))
-    stored = read_rollouts(folder)
-    if len(stored) == len(wanted):
-        return stored
-    # The folder holds answers that an earlier call asked for.
-    return RolloutSet((rollout for rollout in stored if rollout.key in wanted), description)
+    return read_rollouts(folder).with_keys(wanted)  # not what an earlier call asked for beside it

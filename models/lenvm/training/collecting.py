@@ -1,12 +1,13 @@
 """What a recipe samples: answers of train and validation prompts, of prompts with a length sentence, and branches.
 
-Every stage goes on where an earlier call ended. ``part = (i, n)`` does the i-th of n shares of the prompts into a
+Every stage goes on where an earlier call ended; what an earlier, larger request left in a folder is not trained on
+(``asked``). ``part = (i, n)`` does the i-th of n shares of the prompts into a
 folder of its own, so that several GPUs can share a stage; ``read_rollouts`` takes all parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,12 +16,13 @@ from lenvm.decoding import SamplingParams
 from lenvm.errors import DataError
 from lenvm.prompts import Prompt, load_prompts, select
 from lenvm.rollouts import RolloutSet, read_rollouts
-from lenvm.rollouts.branches import BranchSettings, branch_rollouts, sentence_prompts
-from lenvm.rollouts.sampling import LocalGenerator, sample_rollouts
+from lenvm.rollouts.branches import BranchSettings, branch_key, branch_rollouts, sentence_prompts
+from lenvm.rollouts.records import Key
+from lenvm.rollouts.sampling import LocalGenerator, sample_rollouts, stream_seed
 from lenvm.rollouts.store import COMPLETE
 from lenvm.scoring import Scorer
 
-__all__ = ["STAGES", "BranchPlan", "Collector", "RolloutSettings", "stored"]
+__all__ = ["STAGES", "BranchPlan", "Collector", "RolloutSettings", "asked", "stored"]
 
 STAGES = ("valid", "train", "sentences", "branches")
 
@@ -89,7 +91,7 @@ class Collector:
 
     def collect(self, stage: str, *, scorer: Scorer | None = None, guide_name: str = "") -> RolloutSet:
         """Sample one of ``STAGES`` (this part of it); ``branches`` needs the guide's scorer and its name."""
-        prompts = self._prompts(stage)
+        prompts = stage_prompts(stage, self.rollouts, self.data, self.branches)
         index, parts = self.part
         own = prompts[index::parts]
         folder = self.work / f"rollouts-{stage}"
@@ -126,37 +128,56 @@ class Collector:
             (folder / COMPLETE).touch()
         return found
 
-    def _prompts(self, stage: str) -> list[Prompt]:
-        wanted = self.rollouts.prompts
-        if stage == "valid":
-            # Of the calibration carve: code and instruction have too few validation prompts of their own.
-            found = [
-                p
-                for domain in wanted
-                for p in select(load_prompts(self.data, domain, "calibration"), self.rollouts.valid_prompts, seed=0)
-            ]
-            return select(found, None, seed=1)
+
+def stage_prompts(stage: str, rollouts: RolloutSettings, data: Path, branches: BranchPlan | None) -> list[Prompt]:
+    """The prompts of one of ``STAGES``, in the order in which they are asked."""
+    wanted = rollouts.prompts
+    if stage == "valid":
+        # Of the calibration carve: code and instruction have too few validation prompts of their own.
         found = [
             p
-            for domain, n in wanted.items()
-            for p in select(load_prompts(self.data, domain, "train"), n or None, seed=0)
+            for domain in wanted
+            for p in select(load_prompts(data, domain, "calibration"), rollouts.valid_prompts, seed=0)
         ]
-        if stage == "train":
-            # Prompts of all domains side by side: a batch that is all code would finish in one long tail.
-            return select(found, None, seed=1)
-        if self.branches is None:
-            raise DataError(f"stage {stage!r} needs a [branches] section in the recipe")
-        if stage == "sentences":
-            count = self.branches.sentences
-            return sentence_prompts(select(found, count, seed=2), self.branches.settings, seed=1) if count else []
-        return select(found, self.branches.prompts, seed=3)
+        return select(found, None, seed=1)
+    found = [p for domain, n in wanted.items() for p in select(load_prompts(data, domain, "train"), n or None, seed=0)]
+    if stage == "train":
+        # Prompts of all domains side by side: a batch that is all code would finish in one long tail.
+        return select(found, None, seed=1)
+    if branches is None:
+        raise DataError(f"stage {stage!r} needs a [branches] section in the recipe")
+    if stage == "sentences":
+        count = branches.sentences
+        return sentence_prompts(select(found, count, seed=2), branches.settings, seed=1) if count else []
+    return select(found, branches.prompts, seed=3)
 
 
-def stored(work: Path, stage: str) -> list[RolloutSet]:
-    """The rollouts of a stage, all its parts together; none where it was not sampled.
+def asked(stage: str, rollouts: RolloutSettings, data: Path, branches: BranchPlan | None) -> set[Key]:
+    """What a recipe asks for at one of ``STAGES``: (prompt id, seed), those of too long prompts among them."""
+    prompts, seed = stage_prompts(stage, rollouts, data, branches), rollouts.seed
+    if stage == "branches" and branches is not None:
+        return {branch_key(prompt, index, seed) for prompt in prompts for index in range(branches.settings.points)}
+    each = rollouts.samples if stage in ("train", "valid") else 1
+    return {(prompt.id, stream_seed(prompt.id, sample, seed)) for prompt in prompts for sample in range(each)}
+
+
+def stored(work: Path, stage: str, keys: Collection[Key] | None = None) -> list[RolloutSet]:
+    """The rollouts of a stage, all its parts together; none where it was not sampled. ``keys``: these alone.
 
     Raises:
-        DataError: a folder is damaged, or some of its parts are missing or not made to their end.
+        DataError: a folder is damaged, some of its parts are missing or not made to their end, or it holds some of a
+            prompt's ``keys`` and lacks others, having been made for fewer samples.
     """
     folder = work / f"rollouts-{stage}"
-    return [read_rollouts(folder)] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    found = read_rollouts(folder)
+    if keys is None:
+        return [found]
+    kept = found.with_keys(keys)
+    # A prompt that is not there at all was too long.
+    here = set(kept.prompt_keys)
+    wanted = sum(prompt in here for prompt, _ in keys)
+    if len(kept) < wanted:
+        raise DataError(f"{folder} holds {len(kept)} of {wanted} answers to its prompts: sample the rest, or anew")
+    return [kept] if len(kept) else []

@@ -25,7 +25,7 @@ from lenvm.rollouts import RolloutSet, read_rollouts
 from lenvm.rollouts.sampling import LocalGenerator
 from lenvm.rollouts.store import part_folders
 from lenvm.scoring import TorchScorer
-from lenvm.training.collecting import BranchPlan, Collector, RolloutSettings, stored
+from lenvm.training.collecting import BranchPlan, Collector, RolloutSettings, asked, stored
 from lenvm.training.data import Source
 from lenvm.training.distributed import World
 from lenvm.training.loop import train
@@ -159,12 +159,12 @@ def run_recipe(
             make_rollouts(recipe, data=data, work=work, device=device, progress=progress)
         world.wait()
         names = ("valid", "train", *(("sentences", "branches") if recipe.branches else ()))
-        sets = {name: found for name in names if (found := stored(work, name))}
+        sets = {name: found for name in names if (found := _asked_for(recipe, name, data, work))}
         extra = recipe.branches.repeats if recipe.branches else 1
         sources = [
             Source(found, repeats=1 if name == "train" else extra) for name in names[1:] for found in sets.get(name, ())
         ]
-        valid = [Source(found) for found in sets["valid"]]
+        valid = [Source(found) for found in sets.get("valid", ())]
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     model = create_model(recipe, _generator(recipe, sets["train"]), device=device)
@@ -219,7 +219,7 @@ def make_rollouts(
     if only is not None and only not in stages:
         raise DataError(f"this recipe has no stage {only!r}: choose one of {', '.join(stages)}")
     if only == "guide":
-        _guide(recipe, work=work, device=device, progress=progress)
+        _guide(recipe, data=data, work=work, device=device, progress=progress)
         return
     wanted = [name for name in stages if only in (None, name)]
     if part == (0, 1):
@@ -235,7 +235,7 @@ def make_rollouts(
             generator.sampler.max_rows = recipe.branches.max_rows
             # Training needs the memory that the sampler holds, and the sampler what training leaves behind.
             generator.sampler.release_pool()
-            guide = _guide(recipe, work=work, device=device, progress=progress)
+            guide = _guide(recipe, data=data, work=work, device=device, progress=progress)
             on_gpu = device.startswith("cuda")
             model = LengthValueModel.from_pretrained(
                 guide, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32
@@ -245,14 +245,19 @@ def make_rollouts(
             collector.collect(name)
 
 
-def _guide(recipe: Recipe, *, work: Path, device: str, progress: Progress | None) -> Path:
+def _asked_for(recipe: Recipe, stage: str, data: Path, work: Path) -> list[RolloutSet]:
+    """The rollouts of a stage that this recipe asks for, whatever else an earlier one left in the folder."""
+    return stored(work, stage, asked(stage, recipe.rollouts, data, recipe.branches))
+
+
+def _guide(recipe: Recipe, *, data: Path, work: Path, device: str, progress: Progress | None) -> Path:
     """The checkpoint that guides the branches: trained for one epoch on a share of the train rollouts, once."""
     folder = work / "guide"
     if (folder / CONFIG_FILE).exists():
         return folder
     assert recipe.branches is not None
     rng = np.random.default_rng(recipe.train.seed)
-    sets = stored(work, "train")
+    sets = _asked_for(recipe, "train", data, work)
     sources = [
         Source(found, rows=np.sort(rng.permutation(len(found))[: round(len(found) * recipe.branches.guide_answers)]))
         for found in sets
