@@ -189,4 +189,4 @@ def test_the_command(
     assert main([*command, "--json", "--min-eos-prob", "0.05"]) == 0
     assert json.loads(capsys.readouterr().out)["sampling"]["min_eos_prob"] == 0.05
     assert main([*command, "--part", "2"]) == 2
-    assert "like 1/2" in " ".join(capsys.readouterr().err.split())
+    assert "write it as 1/2" in " ".join(capsys.readouterr().err.split())

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from lenvm.decoding.sampler import Sampler
     from lenvm.decoding.types import SamplingParams
 
-__all__ = ["CHUNK", "DeviceStep", "draw_token", "top_candidates"]
+__all__ = ["DeviceStep", "draw_token", "top_candidates"]
 
-CHUNK = 16  # steps between two looks of the host
+# Steps between two looks of the host. A row that has ended stands still for one and a half of these on average, which
+# costs a large batch more than looking twice as often does.
+_CHUNK, _CHUNK_OF_MANY, _MANY_ROWS = 16, 8, 512
 _TILE = 256  # tokens of the vocabulary that are summed as one when a token is drawn
 _CANDIDATE_TILE = 64
 _COMPILE_ROWS = 256  # fewer rows are not worth the compiler's half a minute
@@ -76,6 +78,7 @@ class DeviceStep:
 
     def __init__(self, sampler: Sampler, rows: int, params: SamplingParams, rules: Rules | None) -> None:
         device, pool = sampler.device, sampler.pool
+        self.chunk = _CHUNK if rows < _MANY_ROWS else _CHUNK_OF_MANY
         self.sampler, self.pool, self.params, self.rules = sampler, pool, params, rules
         self.model = rules.model if rules is not None else None
         self.families: frozenset[Family] = rules.families if rules is not None else frozenset()
@@ -92,7 +95,7 @@ class DeviceStep:
         self.rule = zeros(rows, len(Column), dtype=torch.float64)
         # What an answer accumulates: text cost, log p at temperature 1, log p(EOS) at its last step.
         self.sums = zeros(3, rows, dtype=torch.float64)
-        self.history = zeros(CHUNK, rows)
+        self.history = zeros(self.chunk, rows)
         self.column = zeros(1)
         self.eos = torch.tensor(sampler.eos_ids, device=device)
         self.lanes = torch.arange(rows + 1, device=device)
@@ -147,7 +150,7 @@ class DeviceStep:
         self.positions += self.alive
         self.steps += self.alive
         self.alive &= ~torch.isin(chosen, self.eos) & (self.steps < self.limits)
-        self.column.add_(1).remainder_(CHUNK)
+        self.column.add_(1).remainder_(self.chunk)
 
     def _unguided(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         chosen: torch.Tensor = self._draw_token(logits, self.params.temperature, draws)

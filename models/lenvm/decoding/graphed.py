@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lenvm.decoding.device_step import CHUNK, DeviceStep
+from lenvm.decoding.device_step import DeviceStep
 from lenvm.paged import Row, to_device
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ class _Chunk:
     """A launched chunk: who sat in the lanes, and where its results arrive on the host."""
 
     slots: list[_Slot | None]
-    history: torch.Tensor  # [CHUNK, lanes]
+    history: torch.Tensor  # [steps, lanes]
     sums: torch.Tensor  # [3, lanes]
     event: Any
 
     def wait(self) -> tuple[Any, Any]:
-        """Tokens ``[lanes, CHUNK]`` and sums ``[3, lanes]``, once the chunk has run."""
+        """Tokens ``[lanes, steps]`` and sums ``[3, lanes]``, once the chunk has run."""
         if self.event is not None:
             self.event.synchronize()
         return np.ascontiguousarray(self.history.numpy().T), self.sums.numpy()
@@ -100,7 +100,11 @@ class _Run:
         """Blocks for what runs, then new rows into free lanes."""
         self._grow()
         started = self.sampler.admit(
-            self.waiting, len(self.slots) - len(self.free), self.params, reserve=2 * CHUNK, values=self._prefill_values
+            self.waiting,
+            len(self.slots) - len(self.free),
+            self.params,
+            reserve=2 * self.step.chunk,
+            values=self._prefill_values,
         )
         joined = []
         for slot in started:
@@ -113,7 +117,7 @@ class _Run:
     def _grow(self) -> None:
         """Every running row gets blocks for the chunk in flight and the next one. If the pool is empty the youngest
         rows go back to the queue (their random stream is a function of the seed: they draw the same tokens again)."""
-        ahead = 2 * CHUNK + 1
+        ahead = 2 * self.step.chunk + 1
         size = self.pool.block_size
         short = [
             (slot.length, lane)
@@ -187,7 +191,7 @@ class _Run:
 
     def _launch(self) -> _Chunk:
         step = self.step
-        for _ in range(CHUNK):
+        for _ in range(step.chunk):
             step.advance()
         if step.tokens.device.type != "cuda":
             return _Chunk(list(self.slots), step.history.clone(), step.sums.clone(), None)
@@ -204,7 +208,7 @@ class _Run:
         history, sums = chunk.wait()
         drawn = 0
         is_eos = np.isin(history, self.sampler.eos_ids)
-        first_eos = np.where(is_eos.any(axis=1), is_eos.argmax(axis=1), CHUNK).tolist()
+        first_eos = np.where(is_eos.any(axis=1), is_eos.argmax(axis=1), self.step.chunk).tolist()
         ended = []
         for lane, slot in enumerate(chunk.slots):
             # Not the slot that sits there now: it was put back into the queue while the chunk ran.
@@ -217,7 +221,7 @@ class _Run:
             result.token_ids += history[lane, :taken].tolist()
             slot.length += taken
             drawn += taken
-            result.finished = stop < room and stop < CHUNK
+            result.finished = stop < room and stop < self.step.chunk
             if not result.finished and taken < room:
                 continue
             self._settle(slot, sums[:, lane])

@@ -68,6 +68,7 @@ class BranchSettings:
         targets: shortest and longest target, content tokens; drawn log-uniformly.
         kinds: how often each objective is drawn.
         tolerances: of the posterior objectives; one is drawn.
+        min_eos_probs: likewise (see ``lenvm.guidance.Objective``); one is drawn for each answer.
         sentence_share: prompts that carry a length sentence; the others are guided as they are.
         points: cuts of each guided answer; half of them, rounded down, in its last third, where its end is decided.
         max_new_tokens: of a continuation; what goes on longer is cut, and censored in training.
@@ -77,6 +78,7 @@ class BranchSettings:
     targets: tuple[int, int] = (16, 1024)
     kinds: Mapping[str, float] = field(default_factory=lambda: {"equal_to": 0.6, "at_most": 0.2, "at_least": 0.2})
     tolerances: tuple[float, ...] = (0.03, 0.05, 0.1)
+    min_eos_probs: tuple[float, ...] = (0.0,)
     sentence_share: float = 0.7
     points: int = 3
     max_new_tokens: int = 1024
@@ -84,9 +86,9 @@ class BranchSettings:
 
     def __post_init__(self) -> None:
         low, high = self.targets
-        if not 1 <= low <= high or self.points < 1 or not self.tolerances:
+        if not 1 <= low <= high or self.points < 1 or not self.tolerances or not self.min_eos_probs:
             raise InvalidRequestError(
-                "targets must ascend from 1, with at least one point and tolerance", param="targets"
+                "targets must ascend from 1, with at least one point, tolerance and min_eos_prob", param="targets"
             )
         if set(self.kinds) - set(_SENTENCES) or not sum(self.kinds.values()) > 0:
             raise InvalidRequestError(f"kinds are some of {', '.join(_SENTENCES)}, with weights", param="kinds")
@@ -100,6 +102,7 @@ class _Plan:
     kind: str
     target: int
     tolerance: float
+    min_eos_prob: float
     text: str
     cuts: tuple[float, ...]  # fractions of the guided answer
 
@@ -196,7 +199,9 @@ def _plan(prompt: Prompt, settings: BranchSettings, seed: int) -> _Plan:
         text = _with_sentence(text, length_sentence(kind, target, rng), rng)
     late = settings.points // 2
     cuts = [rng.random() for _ in range(settings.points - late)] + [2 / 3 + rng.random() / 3 for _ in range(late)]
-    return _Plan(prompt, kind, target, tolerance, text, tuple(cuts))
+    # Drawn last: recipes without this choice keep the plans that they had.
+    least = settings.min_eos_probs[int(rng.integers(len(settings.min_eos_probs)))]
+    return _Plan(prompt, kind, target, tolerance, least, text, tuple(cuts))
 
 
 def _draw_objective(settings: BranchSettings, rng: np.random.Generator) -> tuple[str, int]:
@@ -209,7 +214,7 @@ def _draw_objective(settings: BranchSettings, rng: np.random.Generator) -> tuple
 
 def _objective(plan: _Plan) -> Objective:
     kind: Any = plan.kind
-    return Objective(kind, target=plan.target, tolerance=plan.tolerance)
+    return Objective(kind, target=plan.target, tolerance=plan.tolerance, min_eos_prob=plan.min_eos_prob)
 
 
 def _with_sentence(text: str, sentence: str, rng: np.random.Generator) -> str:

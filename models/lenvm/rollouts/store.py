@@ -200,6 +200,12 @@ def read_rollouts(folder: str | Path) -> RolloutSet:
     return RolloutSet.from_columns(parts, generators[0], str(path))
 
 
+def part_folder(folder: Path, part: tuple[int, int]) -> Path:
+    """Where the i-th of n parts (from 0) of a folder is made; the folder itself where there is one part."""
+    index, parts = part
+    return folder / f"part-{index}-of-{parts}" if parts > 1 else folder
+
+
 def part_folders(folder: str | Path) -> list[Path]:
     """The parts (``part-0-of-2`` ...) that several processes made of one folder, in order; none where it is one.
 

@@ -19,12 +19,10 @@ from lenvm.rollouts import RolloutSet, read_rollouts
 from lenvm.rollouts.branches import BranchSettings, branch_key, branch_rollouts, sentence_prompts
 from lenvm.rollouts.records import Key
 from lenvm.rollouts.sampling import LocalGenerator, sample_rollouts, stream_seed
-from lenvm.rollouts.store import COMPLETE
+from lenvm.rollouts.store import COMPLETE, part_folder
 from lenvm.scoring import Scorer
 
-__all__ = ["STAGES", "BranchPlan", "Collector", "RolloutSettings", "asked", "stored"]
-
-STAGES = ("valid", "train", "sentences", "branches")
+__all__ = ["BranchPlan", "Collector", "RolloutSettings", "asked", "round_of", "stages_of", "stored"]
 
 Progress: TypeAlias = Callable[[str, int, int, dict[str, float]], None]
 
@@ -46,8 +44,11 @@ class BranchPlan:
     """The recipe's part on states that guidance visits.
 
     Args:
-        prompts: train prompts that are guided and cut; as many get a length sentence and are answered unguided.
+        prompts: train prompts that are guided and cut, in every round others.
+        sentences: train prompts that get a length sentence and are answered unguided.
         guide_answers: share of the train rollouts on which the guide of the branches is trained first, for one epoch.
+        rounds: how often a guide is trained and its branches sampled; a later guide has also seen the answers to length
+            sentences and all branches before it, so that its branches start where a better model leads.
         repeats: how often an epoch sees a branch or an answer to a length sentence.
         settings: how answers are guided and cut.
     """
@@ -55,6 +56,7 @@ class BranchPlan:
     prompts: int
     sentences: int = 0
     guide_answers: float = 0.25
+    rounds: int = 1
     repeats: int = 1
     max_rows: int = 768
     settings: BranchSettings = field(default_factory=BranchSettings)
@@ -72,8 +74,30 @@ class BranchPlan:
         if unknown or "prompts" not in data:
             problem = f"unknown field {', '.join(sorted(unknown))}" if unknown else "no field prompts"
             raise DataError(f"{problem} in [branches]")
+        if not isinstance(data.get("rounds", 1), int) or data.get("rounds", 1) < 1:
+            raise DataError(f"rounds in [branches] must be a whole number from 1, not {data['rounds']!r}")
         inner: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in nested}
         return cls(**{k: v for k, v in data.items() if k in own}, settings=BranchSettings(**inner))
+
+
+def stages_of(branches: BranchPlan | None) -> list[str]:
+    """The stages of a recipe in their order: each ``branches`` follows the ``guide`` that it needs."""
+    rounds = (
+        [f"{name}{_suffix(at)}" for at in range(1, branches.rounds + 1) for name in ("guide", "branches")]
+        if branches
+        else []
+    )
+    return ["valid", "train", *(["sentences"] if branches else []), *rounds]
+
+
+def _suffix(number: int) -> str:
+    return f"-{number}" if number > 1 else ""
+
+
+def round_of(stage: str) -> int:
+    """Which round of branches a stage belongs to: 1 for ``guide`` and ``branches``, 2 for ``branches-2``; 0: none."""
+    name, _, number = stage.partition("-")
+    return int(number or 1) if name in ("guide", "branches") else 0
 
 
 @dataclass
@@ -90,17 +114,15 @@ class Collector:
     progress: Progress | None = None
 
     def collect(self, stage: str, *, scorer: Scorer | None = None, guide_name: str = "") -> RolloutSet:
-        """Sample one of ``STAGES`` (this part of it); ``branches`` needs the guide's scorer and its name."""
+        """Sample one stage (this part of it); ``branches`` needs the guide's scorer and its name."""
         prompts = stage_prompts(stage, self.rollouts, self.data, self.branches)
         index, parts = self.part
         own = prompts[index::parts]
-        folder = self.work / f"rollouts-{stage}"
+        folder = part_folder(self.work / f"rollouts-{stage}", self.part)
         if not own:
             return RolloutSet(())
-        if parts > 1:
-            folder = folder / f"part-{index}-of-{parts}"
         each = self.rollouts.samples if stage in ("train", "valid") else 1
-        if stage == "branches" and self.branches is not None:
+        if round_of(stage) and self.branches is not None:
             each = self.branches.settings.points
         counts = {"done": 0, "tokens": 0}
 
@@ -112,11 +134,11 @@ class Collector:
 
         shared: dict[str, Any] = {
             "params": self.params,
-            "seed": self.rollouts.seed,
+            "seed": _seed(self.rollouts, stage),
             "max_prompt_tokens": self.rollouts.max_prompt_tokens,
             "on_done": on_done,
         }
-        if stage != "branches":
+        if not round_of(stage):
             found = sample_rollouts(self.generator, own, folder, samples=each, **shared)
         elif self.branches is None or scorer is None:
             raise DataError("branches need a [branches] section and a guide")
@@ -130,7 +152,7 @@ class Collector:
 
 
 def stage_prompts(stage: str, rollouts: RolloutSettings, data: Path, branches: BranchPlan | None) -> list[Prompt]:
-    """The prompts of one of ``STAGES``, in the order in which they are asked."""
+    """The prompts of a stage, in the order in which they are asked."""
     wanted = rollouts.prompts
     if stage == "valid":
         # Of the calibration carve: code and instruction have too few validation prompts of their own.
@@ -149,13 +171,18 @@ def stage_prompts(stage: str, rollouts: RolloutSettings, data: Path, branches: B
     if stage == "sentences":
         count = branches.sentences
         return sentence_prompts(select(found, count, seed=2), branches.settings, seed=1) if count else []
-    return select(found, branches.prompts, seed=3)
+    return select(found, branches.prompts, seed=2 + round_of(stage))
+
+
+def _seed(rollouts: RolloutSettings, stage: str) -> int:
+    """Of a stage's random streams: a prompt that is drawn in two rounds is guided and cut anew."""
+    return rollouts.seed + max(0, round_of(stage) - 1)
 
 
 def asked(stage: str, rollouts: RolloutSettings, data: Path, branches: BranchPlan | None) -> set[Key]:
-    """What a recipe asks for at one of ``STAGES``: (prompt id, seed), those of too long prompts among them."""
-    prompts, seed = stage_prompts(stage, rollouts, data, branches), rollouts.seed
-    if stage == "branches" and branches is not None:
+    """What a recipe asks for at a stage: (prompt id, seed), those of too long prompts among them."""
+    prompts, seed = stage_prompts(stage, rollouts, data, branches), _seed(rollouts, stage)
+    if round_of(stage) and branches is not None:
         return {branch_key(prompt, index, seed) for prompt in prompts for index in range(branches.settings.points)}
     each = rollouts.samples if stage in ("train", "valid") else 1
     return {(prompt.id, stream_seed(prompt.id, sample, seed)) for prompt in prompts for sample in range(each)}

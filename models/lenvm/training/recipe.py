@@ -25,7 +25,15 @@ from lenvm.rollouts import RolloutSet, read_rollouts
 from lenvm.rollouts.sampling import LocalGenerator
 from lenvm.rollouts.store import part_folders
 from lenvm.scoring import TorchScorer
-from lenvm.training.collecting import BranchPlan, Collector, RolloutSettings, asked, stored
+from lenvm.training.collecting import (
+    BranchPlan,
+    Collector,
+    RolloutSettings,
+    asked,
+    round_of,
+    stages_of,
+    stored,
+)
 from lenvm.training.data import Source
 from lenvm.training.distributed import World
 from lenvm.training.loop import train
@@ -158,7 +166,7 @@ def run_recipe(
         if world.first:
             make_rollouts(recipe, data=data, work=work, device=device, progress=progress)
         world.wait()
-        names = ("valid", "train", *(("sentences", "branches") if recipe.branches else ()))
+        names = _sampled(recipe)
         sets = {name: found for name in names if (found := _asked_for(recipe, name, data, work))}
         extra = recipe.branches.repeats if recipe.branches else 1
         sources = [
@@ -210,38 +218,44 @@ def make_rollouts(
     part: tuple[int, int] = (0, 1),
 ) -> None:
     """Sample what the recipe trains on into ``work/rollouts-STAGE``: "valid", "train" and, where the recipe has
-    branches, "sentences", "guide" (the small model that guides them, trained) and "branches".
+    branches, "sentences", "guide" (the model that guides them, trained) and "branches", the latter two once a round
+    ("guide-2", "branches-2").
 
     ``only`` one of these, and of its prompts only the i-th of n parts: so several GPUs share the work. What is there is
     used; a stage that was made in parts is left alone. Raises DataError for an unknown stage or a missing part.
     """
-    stages = ["valid", "train", *(["sentences", "guide", "branches"] if recipe.branches else [])]
+    stages = stages_of(recipe.branches)
     if only is not None and only not in stages:
         raise DataError(f"this recipe has no stage {only!r}: choose one of {', '.join(stages)}")
-    if only == "guide":
-        _guide(recipe, data=data, work=work, device=device, progress=progress)
+    if only is not None and only.startswith("guide"):
+        _guide(recipe, round_of(only), data=data, work=work, device=device, progress=progress)
         return
     wanted = [name for name in stages if only in (None, name)]
     if part == (0, 1):
         wanted = [name for name in wanted if not part_folders(work / f"rollouts-{name}")]
     if not wanted:
         return
-    if part != (0, 1) and "branches" in wanted and not (work / "guide" / CONFIG_FILE).exists():
-        raise DataError("the parts share one guide, which is not there yet: run --only guide first")
+    if part != (0, 1):
+        for name in wanted:
+            if round_of(name) and not (_guide_folder(work, round_of(name)) / CONFIG_FILE).exists():
+                missing = _guide_folder(work, round_of(name)).name
+                raise DataError(f"the parts share one guide, which is not there yet: run --only {missing} first")
     generator = LocalGenerator(recipe.writer, device=device, max_rows=recipe.rollouts.max_rows)
     collector = Collector(generator, recipe.rollouts, recipe.generator, data, work, recipe.branches, part, progress)
     for name in wanted:
-        if name == "branches" and recipe.branches:
+        if name.startswith("guide"):
+            continue  # trained where it is needed, just before its branches
+        if round_of(name) and recipe.branches:
             generator.sampler.max_rows = recipe.branches.max_rows
             # Training needs the memory that the sampler holds, and the sampler what training leaves behind.
             generator.sampler.release_pool()
-            guide = _guide(recipe, data=data, work=work, device=device, progress=progress)
+            guide = _guide(recipe, round_of(name), data=data, work=work, device=device, progress=progress)
             on_gpu = device.startswith("cuda")
             model = LengthValueModel.from_pretrained(
                 guide, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32
             )
             collector.collect(name, scorer=TorchScorer(model), guide_name=f"{recipe.name} guide")
-        elif name != "guide":
+        else:
             collector.collect(name)
 
 
@@ -250,9 +264,19 @@ def _asked_for(recipe: Recipe, stage: str, data: Path, work: Path) -> list[Rollo
     return stored(work, stage, asked(stage, recipe.rollouts, data, recipe.branches))
 
 
-def _guide(recipe: Recipe, *, data: Path, work: Path, device: str, progress: Progress | None) -> Path:
-    """The checkpoint that guides the branches: trained for one epoch on a share of the train rollouts, once."""
-    folder = work / "guide"
+def _sampled(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that are sampled: all but the guides."""
+    return tuple(name for name in stages_of(recipe.branches) if not name.startswith("guide"))
+
+
+def _guide_folder(work: Path, number: int) -> Path:
+    return work / (f"guide-{number}" if number > 1 else "guide")
+
+
+def _guide(recipe: Recipe, number: int, *, data: Path, work: Path, device: str, progress: Progress | None) -> Path:
+    """The checkpoint that guides the branches of a round: trained for one epoch on a share of the train rollouts and,
+    after the first round, on the answers to length sentences and the branches of the rounds before; once."""
+    folder = _guide_folder(work, number)
     if (folder / CONFIG_FILE).exists():
         return folder
     assert recipe.branches is not None
@@ -262,14 +286,24 @@ def _guide(recipe: Recipe, *, data: Path, work: Path, device: str, progress: Pro
         Source(found, rows=np.sort(rng.permutation(len(found))[: round(len(found) * recipe.branches.guide_answers)]))
         for found in sets
     ]
+    if number > 1:
+        earlier = [name for name in _sampled(recipe)[2:] if round_of(name) < number]
+        sources += [Source(found) for name in earlier for found in _asked_for(recipe, name, data, work)]
     model = create_model(recipe, _generator(recipe, sets), device=device)
 
     def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
         if progress:
-            progress("train-guide", step, steps, metrics)
+            progress(f"train-{folder.name}", step, steps, metrics)
 
     # By this process alone: in a world of several, the others wait for what it samples.
-    train(model, sources, replace(recipe.train, epochs=1), work=work / "guide-run", on_step=on_step, world=World())
+    train(
+        model,
+        sources,
+        replace(recipe.train, epochs=1),
+        work=work / f"{folder.name}-run",
+        on_step=on_step,
+        world=World(),
+    )
     model.save_pretrained(folder)
     del model
     gc.collect()

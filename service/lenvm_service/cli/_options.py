@@ -23,6 +23,7 @@ __all__ = [
     "TokenIdsOption",
     "UrlOption",
     "parse_ids",
+    "parse_part",
     "parse_quantiles",
     "read_lines",
     "read_text",
@@ -98,6 +99,14 @@ def parse_quantiles(text: str) -> list[float]:
     if not levels or not all(0.0 < level < 1.0 for level in levels):
         raise typer.BadParameter(f"{text!r}: give numbers between 0 and 1 with commas between them, like 0.5,0.9")
     return list(dict.fromkeys(levels))
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """``1/2`` as (0, 2): which of how many parts, from 0. Raises BadParameter otherwise."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise typer.BadParameter(f"{text!r}: write it as 1/2", param_hint="--part")
+    return int(index) - 1, int(count)
 
 
 def parse_ids(text: str) -> list[int]:

@@ -11,7 +11,7 @@ import typer
 
 from lenvm.backbones import DEFAULT_BACKBONE
 from lenvm.errors import EndpointUnavailableError, InvalidRequestError
-from lenvm_service.cli._options import JsonOption, SeedOption
+from lenvm_service.cli._options import JsonOption, SeedOption, parse_part
 from lenvm_service.cli._output import ProgressReporter, print_json, print_warnings
 from lenvm_service.cli._session import check_device, need
 
@@ -70,6 +70,10 @@ def command(
         int | None, typer.Option("--max-rows", min=1, help="Answers in flight here. Default: 64, on CUDA 1024.")
     ] = None,
     seed: SeedOption = 0,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Here: every N-th prompt alone, so that GPUs share the work."),
+    ] = None,
     backbone: Annotated[
         str | None,
         typer.Option("--backbone", metavar="NAME|DIR", help=f"Who answers, here. Default: {DEFAULT_BACKBONE}."),
@@ -127,7 +131,7 @@ def command(
         return
     if out is None:
         raise typer.BadParameter("say where the shards go: --out DIR", context)
-    here = {"--backbone": backbone, "--device": device, "--max-rows": max_rows}
+    here = {"--backbone": backbone, "--device": device, "--max-rows": max_rows, "--part": part}
     there = {
         "--endpoint-model": endpoint_model,
         "--endpoint-api": endpoint_api,
@@ -155,7 +159,10 @@ def command(
         "about": {"system": system} if system is not None else {},
     }
     if endpoint is None:
-        rollouts = _sample_here(chosen, out, backbone or DEFAULT_BACKBONE, device or "cpu", max_rows, shared)
+        which = parse_part(part or "1/1")
+        rollouts = _sample_here(
+            chosen[which[0] :: which[1]], out, which, backbone or DEFAULT_BACKBONE, device or "cpu", max_rows, shared
+        )
         _show(rollouts, out, figure, as_json)
         return
     run = _sample_there(chosen, out, endpoint, there, shared)
@@ -231,14 +238,25 @@ class _Progress:
 
 
 def _sample_here(
-    chosen: list[Prompt], out: Path, backbone: str, device: str, max_rows: int | None, shared: dict[str, Any]
+    chosen: list[Prompt],
+    out: Path,
+    part: tuple[int, int],
+    backbone: str,
+    device: str,
+    max_rows: int | None,
+    shared: dict[str, Any],
 ) -> RolloutSet:
     from lenvm.rollouts.sampling import LocalGenerator, sample_rollouts
+    from lenvm.rollouts.store import COMPLETE, part_folder
 
     generator = LocalGenerator(backbone, device=check_device(device), max_rows=max_rows)
     with ProgressReporter() as reporter:
         on_done = _Progress(reporter, len(chosen) * shared["samples"])
-        return sample_rollouts(generator, chosen, out, on_done=on_done, **shared)
+        folder = part_folder(out, part)
+        found = sample_rollouts(generator, chosen, folder, on_done=on_done, **shared)
+        if part[1] > 1:
+            (folder / COMPLETE).touch()
+        return found
 
 
 def _sample_there(

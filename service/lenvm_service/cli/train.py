@@ -11,7 +11,7 @@ import typer
 
 from lenvm import _resources
 from lenvm.errors import DataError
-from lenvm_service.cli._options import DeviceOption, JsonOption
+from lenvm_service.cli._options import DeviceOption, JsonOption, parse_part
 from lenvm_service.cli._output import ProgressReporter, print_json, stdout_console, table, title
 from lenvm_service.cli._session import check_device, need
 
@@ -79,7 +79,7 @@ def command(
             raise typer.BadParameter("goes with --only STAGE and --data DIR", param_hint="--part")
         with ProgressReporter() as progress:
             make_rollouts(
-                loaded, data=data, work=work, device=device, progress=progress.update, only=only, part=_part(part)
+                loaded, data=data, work=work, device=device, progress=progress.update, only=only, part=parse_part(part)
             )
         return
     try:
@@ -96,13 +96,6 @@ def command(
         print_json({"output": str(output), "work": str(work), **result})
     else:
         _print_result(result, output)
-
-
-def _part(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise typer.BadParameter(f"{text!r}: write it as 1/2", param_hint="--part")
-    return int(index) - 1, int(count)
 
 
 def _say_resumed(step: int, steps: int) -> None:

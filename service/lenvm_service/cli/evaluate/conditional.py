@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from lenvm_service.cli._backend import ModelFacts
-from lenvm_service.cli._options import DEFAULT_MODEL, BackboneOption, DataOption, DeviceOption, JsonOption, ModelOption
+from lenvm_service.cli._options import (
+    DEFAULT_MODEL,
+    BackboneOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    parse_part,
+)
 from lenvm_service.cli._output import ProgressReporter, number, print_json, print_warnings, stdout_console, table, title
 from lenvm_service.cli._session import load_generator, load_scorer, need
 from lenvm_service.cli.evaluate._common import (
@@ -78,6 +86,7 @@ def conditional(
     from lenvm.scoring import TorchScorer
 
     check_writable(report)
+    index, count = parse_part(part)
     settings = ConditionalSettings(
         prompts=prompts,
         tasks=tasks,
@@ -87,7 +96,7 @@ def conditional(
         tolerances={"equal_to": equal_tolerance, "at_most": tolerance, "at_least": tolerance},
         min_eos_prob=min_eos_prob,
         max_new_tokens=max_new_tokens,
-        part=_part(part),
+        part=(index + 1, count),
     )
     loaded, _ = load_scorer(model, device=device, dtype=dtype.value)
     generator, warnings = load_generator(
@@ -126,14 +135,6 @@ def conditional(
         print_json(metrics)
     else:
         _print_conditional(metrics, settings.kinds)
-
-
-def _part(text: str) -> tuple[int, int]:
-    try:
-        index, count = (int(piece) for piece in text.split("/"))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}: give two whole numbers, like 1/2") from None
-    return index, count
 
 
 def _print_conditional(metrics: Mapping[str, Any], kinds: Sequence[str]) -> None:
