@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_parts_together_are_the_whole(recipe: Recipe, tiny_data: Path, tmp_path:
     }
     for name in names:
         for part in ((0, 2), (1, 2)) if name in ("train", "sentences", "branches") else ((0, 1),):
-            make_rollouts(recipe, data=tiny_data, work=shared, device="cpu", only=name, part=part)
+            make_rollouts(recipe, data=tiny_data, work=shared, device="cpu", only=[name], part=part)
     for name in ("train", "sentences"):
         parts = stored(shared, name)
         assert len(part_folders(shared / f"rollouts-{name}")) == 2
@@ -77,6 +78,35 @@ def test_parts_together_are_the_whole(recipe: Recipe, tiny_data: Path, tmp_path:
     assert stages in (["train"], ["rollouts-valid", "train"])
     model = LengthValueModel.from_pretrained(tmp_path / "out2")
     assert model.config.name == "tiny"
+
+
+def test_a_second_round_is_guided_by_a_model_that_has_seen_the_first(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path, single_thread: None
+) -> None:
+    assert recipe.branches is not None
+    recipe = replace(recipe, branches=replace(recipe.branches, rounds=2))
+    seen: list[str] = []
+    work = tmp_path / "work"
+    make_rollouts(recipe, data=tiny_data, work=work, device="cpu", only=["valid", "train", "sentences"])
+    for name in ("guide", "branches", "guide-2", "branches-2"):
+        if name.startswith("branches"):
+            with pytest.raises(DataError, match=name.replace("branches", "only guide")):
+                make_rollouts(recipe, data=tiny_data, work=tmp_path / "none", device="cpu", only=[name], part=(0, 2))
+        make_rollouts(
+            recipe, data=tiny_data, work=work, device="cpu", only=[name],
+            progress=lambda stage, *_: None if stage in seen else seen.append(stage),
+        )  # fmt: skip
+    assert seen == ["train-guide", "rollouts-branches", "train-guide-2", "rollouts-branches-2"]
+    rounds = [stored(work, name)[0] for name in ("branches", "branches-2")]
+    assert [found.generator["seed"] for found in rounds] == [1, 2]
+    first, second = (
+        json.loads((work / f"{name}-run" / "train.jsonl").read_text().splitlines()[-1]) for name in ("guide", "guide-2")
+    )
+    assert second["steps"] > first["steps"]  # sentences and the first round's branches came on top
+    result = run_recipe(recipe, data=tiny_data, work=work, output=tmp_path / "out")
+    assert result["rollouts"]["branches-2"]["answers"] == result["rollouts"]["branches"]["answers"] == 8
+    with pytest.raises(DataError, match="rounds"):
+        BranchPlan.from_dict({"prompts": 1, "rounds": 0})
 
 
 def test_what_an_earlier_larger_request_left_is_not_trained_on(
@@ -109,7 +139,7 @@ def test_parts_that_were_made_for_fewer_samples_are_told(recipe: Recipe, tiny_da
     recipe = replace(recipe, branches=None)
     fewer = replace(recipe, rollouts=replace(recipe.rollouts, samples=1))
     for part in (0, 1):
-        make_rollouts(fewer, data=tiny_data, work=tmp_path, device="cpu", only="train", part=(part, 2))
+        make_rollouts(fewer, data=tiny_data, work=tmp_path, device="cpu", only=["train"], part=(part, 2))
     with pytest.raises(DataError, match="holds 26 of 52 answers"):
         run_recipe(recipe, data=tiny_data, work=tmp_path, output=tmp_path / "out")
 
@@ -125,7 +155,7 @@ def test_missing_parts_and_wrong_stages_are_told(recipe: Recipe, tiny_data: Path
     (tmp_path / "rollouts-train" / "part-1-of-2" / "complete").touch()
     assert len(part_folders(tmp_path / "rollouts-train")) == 2
     with pytest.raises(DataError, match="no stage 'tests'"):
-        make_rollouts(recipe, data=tiny_data, work=tmp_path, device="cpu", only="tests")
+        make_rollouts(recipe, data=tiny_data, work=tmp_path, device="cpu", only=["tests"])
 
 
 def test_a_recipe_without_sentences_and_its_rollouts_given_again(
@@ -135,7 +165,7 @@ def test_a_recipe_without_sentences_and_its_rollouts_given_again(
     recipe = replace(recipe, branches=replace(recipe.branches, sentences=0))
     work = tmp_path / "work"
     with pytest.raises(DataError, match="only guide"):
-        make_rollouts(recipe, data=tiny_data, work=work, device="cpu", only="branches", part=(0, 2))
+        make_rollouts(recipe, data=tiny_data, work=work, device="cpu", only=["branches"], part=(0, 2))
     result = run_recipe(recipe, data=tiny_data, work=work, output=tmp_path / "out")
     assert set(result["rollouts"]) == {"valid", "train", "branches"}
     # Branches are cut sooner than answers; that makes them no other generator's.

@@ -214,23 +214,25 @@ def make_rollouts(
     work: Path,
     device: str,
     progress: Progress | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     part: tuple[int, int] = (0, 1),
 ) -> None:
     """Sample what the recipe trains on into ``work/rollouts-STAGE``: "valid", "train" and, where the recipe has
     branches, "sentences", "guide" (the model that guides them, trained) and "branches", the latter two once a round
     ("guide-2", "branches-2").
 
-    ``only`` one of these, and of its prompts only the i-th of n parts: so several GPUs share the work. What is there is
-    used; a stage that was made in parts is left alone. Raises DataError for an unknown stage or a missing part.
+    ``only`` some of these (none: all), and of their prompts only the i-th of n parts: so several GPUs share the work.
+    What is there is used; a stage that was made in parts is left alone. Raises DataError for an unknown stage or a
+    missing part.
     """
     stages = stages_of(recipe.branches)
-    if only is not None and only not in stages:
-        raise DataError(f"this recipe has no stage {only!r}: choose one of {', '.join(stages)}")
-    if only is not None and only.startswith("guide"):
-        _guide(recipe, round_of(only), data=data, work=work, device=device, progress=progress)
-        return
-    wanted = [name for name in stages if only in (None, name)]
+    for name in only:
+        if name not in stages:
+            raise DataError(f"this recipe has no stage {name!r}: choose from {', '.join(stages)}")
+        if name.startswith("guide"):
+            _guide(recipe, round_of(name), data=data, work=work, device=device, progress=progress)
+    # Without being named, a guide is trained where it is needed, just before its branches.
+    wanted = [name for name in _sampled(recipe) if not only or name in only]
     if part == (0, 1):
         wanted = [name for name in wanted if not part_folders(work / f"rollouts-{name}")]
     if not wanted:
@@ -243,8 +245,6 @@ def make_rollouts(
     generator = LocalGenerator(recipe.writer, device=device, max_rows=recipe.rollouts.max_rows)
     collector = Collector(generator, recipe.rollouts, recipe.generator, data, work, recipe.branches, part, progress)
     for name in wanted:
-        if name.startswith("guide"):
-            continue  # trained where it is needed, just before its branches
         if round_of(name) and recipe.branches:
             generator.sampler.max_rows = recipe.branches.max_rows
             # Training needs the memory that the sampler holds, and the sampler what training leaves behind.

@@ -44,7 +44,11 @@ def command(
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option("--only", metavar="STAGE", help="Only sample: valid, train, sentences, guide or branches."),
+        typer.Option(
+            "--only",
+            metavar="STAGES",
+            help="Only sample: valid, train, sentences, guide, branches, guide-2 ...; commas between several.",
+        ),
     ] = None,
     part: Annotated[
         str,
@@ -79,8 +83,9 @@ def command(
             raise typer.BadParameter("goes with --only STAGE and --data DIR", param_hint="--part")
         with ProgressReporter() as progress:
             make_rollouts(
-                loaded, data=data, work=work, device=device, progress=progress.update, only=only, part=parse_part(part)
-            )
+                loaded, data=data, work=work, device=device, progress=progress.update, only=only.split(","),
+                part=parse_part(part),
+            )  # fmt: skip
         return
     try:
         with ProgressReporter() as progress:
