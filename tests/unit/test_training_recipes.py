@@ -94,7 +94,7 @@ def test_changes_are_toml_or_plain_text() -> None:
         "gamma.x=1",
         "train.epoch=1",
         "train.order=sorted",
-        "branches.points=2",
+        "branches.point=2",
     ):
         with pytest.raises(DataError):
             load_recipe(path, [wrong])
