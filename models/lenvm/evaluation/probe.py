@@ -8,7 +8,7 @@ mean. One probe for all domains, as the value model has no domain label either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -59,30 +59,57 @@ def fit_probe(states: NDArray[Any], truth: ArrayLike) -> LinearProbe:
     best: tuple[float, int, float] = (np.inf, 0, _RIDGES[0])
     for layer in range(states.shape[1]):
         x = states[:, layer].astype(np.float64)
+        moments = [_Moments.of(x[fold == part], target[fold == part]) for part in range(_FOLDS)]
         left_out = np.zeros((len(_RIDGES), len(lengths)))
         for out in range(_FOLDS):
             rest, held = fold != out, fold == out
-            center, offset, paths = _ridge_path(x[rest], target[rest])
-            for at, weights in enumerate(paths):
-                factor = fit_constant(lengths[rest], np.maximum(_tokens((x[rest] - center) @ weights + offset), 1.0))
-                left_out[at, held] = factor * _tokens((x[held] - center) @ weights + offset)
+            center, offset, paths = _ridge_path(_Moments.sum(m for part, m in enumerate(moments) if part != out))
+            found = _tokens((x - center) @ np.stack(paths, axis=1) + offset)  # [prompts, ridges]
+            for at in range(len(paths)):
+                factor = fit_constant(lengths[rest], np.maximum(found[rest, at], 1.0))
+                left_out[at, held] = factor * found[held, at]
         errors = [float(relative_errors(row, lengths).mean()) for row in left_out]
         best = min(best, *((error, layer, ridge) for error, ridge in zip(errors, _RIDGES, strict=True)))
     error, layer, ridge = best
     x = states[:, layer].astype(np.float64)
-    center, offset, paths = _ridge_path(x, target)
+    center, offset, paths = _ridge_path(_Moments.of(x, target))
     weights = paths[_RIDGES.index(ridge)]
     factor = fit_constant(lengths, np.maximum(_tokens((x - center) @ weights + offset), 1.0))
     return LinearProbe(layer, ridge, center, weights, offset, factor, error)
 
 
-def _ridge_path(x: FloatArray, y: FloatArray) -> tuple[FloatArray, float, list[FloatArray]]:
-    """Centre of ``x`` [n, d], mean of ``y`` [n], and the weights [d] for every one of ``_RIDGES``."""
-    center, offset = x.mean(axis=0), float(y.mean())
-    centred = x - center
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over prompts that a ridge regression needs: they add up, so that five folds cost one pass."""
+
+    count: int
+    x: FloatArray  # [d]
+    y: float
+    xx: FloatArray  # [d, d]
+    xy: FloatArray  # [d]
+
+    @classmethod
+    def of(cls, x: FloatArray, y: FloatArray) -> _Moments:
+        return cls(len(x), x.sum(axis=0), float(y.sum()), x.T @ x, x.T @ y)
+
+    @classmethod
+    def sum(cls, parts: Iterable[_Moments]) -> _Moments:
+        found = list(parts)
+        return cls(
+            sum(part.count for part in found),
+            np.sum([part.x for part in found], axis=0),
+            sum(part.y for part in found),
+            np.sum([part.xx for part in found], axis=0),
+            np.sum([part.xy for part in found], axis=0),
+        )
+
+
+def _ridge_path(moments: _Moments) -> tuple[FloatArray, float, list[FloatArray]]:
+    """Centre of ``x`` [d], mean of ``y``, and the weights [d] for every one of ``_RIDGES``."""
+    center, offset = moments.x / moments.count, moments.y / moments.count
     # One eigendecomposition for all ridges; relative to the mean variance, so that layers compare.
-    values, vectors = np.linalg.eigh(centred.T @ centred / len(x))
-    aim = vectors.T @ (centred.T @ (y - offset) / len(x))
+    values, vectors = np.linalg.eigh(moments.xx / moments.count - np.outer(center, center))
+    aim = vectors.T @ (moments.xy / moments.count - center * offset)
     scale = max(float(values.mean()), 1e-12)
     return center, offset, [vectors @ (aim / (np.maximum(values, 0.0) + ridge * scale)) for ridge in _RIDGES]
 

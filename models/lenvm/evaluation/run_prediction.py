@@ -26,7 +26,14 @@ from lenvm.rollouts import RolloutSet
 from lenvm.rollouts.sampling import LocalGenerator, sample_rollouts
 from lenvm.scoring import Scorer, TorchScorer
 
-__all__ = ["PredictionOptions", "evaluate_rollouts", "predict", "predictions_of", "rollouts_to_evaluate"]
+__all__ = [
+    "PredictionOptions",
+    "evaluate_prompts",
+    "evaluate_rollouts",
+    "predict",
+    "predictions_of",
+    "rollouts_to_evaluate",
+]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -146,14 +153,26 @@ def evaluate_rollouts(
     *,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Metrics by domain (``lenvm.evaluation.prediction``) of ``model`` on sampled answers of the test prompts.
+    """``evaluate_prompts`` on stored rollouts."""
+    return evaluate_prompts(model, group_prompts(test), group_prompts(train), options, progress=progress)
 
-    The cap is the generator's: an answer cut there counts as that long. ``train`` fits the baselines.
+
+def evaluate_prompts(
+    model: LengthValueModel,
+    prompts: Sequence[PromptAnswers],
+    train_prompts: Sequence[PromptAnswers],
+    options: PredictionOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Metrics by domain (``lenvm.evaluation.prediction``) of ``model`` on the answers to test prompts.
+
+    The cap is the generator's: an answer cut there counts as that long. ``train_prompts`` fit the baselines. Answers
+    whose tokens are not known are not followed along.
     """
     options = options or PredictionOptions()
     cap, gamma = model.config.generator.max_new_tokens, model.config.gamma
     scorer, calibration = TorchScorer(model), Calibration.from_dict(model.config.calibration)
-    prompts, train_prompts = group_prompts(test), group_prompts(train)
     _check_domains(prompts, train_prompts)
     ids = [prompt.prompt_ids for prompt in prompts]
     scores = score_states(scorer, [StateRow(one) for one in ids], progress=_stage(progress, "prompts"))
@@ -174,7 +193,7 @@ def evaluate_rollouts(
     for row in metrics.values():
         row["baseline_fit"] |= fits
         row["calibrated"] = calibration is not None
-    if options.along:
+    if options.along and all(prompt.rollouts is not None for prompt in prompts):
         found = errors_along(scorer, prompts, answers=options.along, progress=_stage(progress, "along the answers"))
         for domain, row in found.items():
             metrics[domain]["along"] = row

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lenvm.errors import DataError
 from lenvm.rollouts import RolloutSet
 from lenvm.scoring import Scorer, ScoreRow
 
@@ -21,18 +22,23 @@ _BATCH_TOKENS = 16384  # of one call; the scorer splits it further to fit its fo
 
 @dataclass(frozen=True)
 class PromptAnswers:
-    """One prompt with its answers: content tokens and whether each ended by itself [answers], by seed."""
+    """One prompt with its answers: content tokens and whether each ended by itself [answers], by seed.
+
+    ``rollouts`` None: only their lengths are known.
+    """
 
     prompt_id: str
     domain: str
     prompt_ids: list[int]
     lengths: NDArray[np.int64]
     finished: NDArray[np.bool_]
-    rollouts: RolloutSet
-    indices: Sequence[int]
+    rollouts: RolloutSet | None = None
+    indices: Sequence[int] = ()
 
     def tokens(self, answer: int) -> list[int]:
-        """Content token ids of one answer."""
+        """Content token ids of one answer. Raises DataError where only lengths are known."""
+        if self.rollouts is None:
+            raise DataError(f"only the lengths of the answers to {self.prompt_id} are known: give the rollouts")
         ids: list[int] = self.rollouts.tokens(self.indices[answer]).tolist()
         return ids
 

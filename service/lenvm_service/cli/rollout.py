@@ -187,6 +187,22 @@ def stats(
     _show(read_rollouts(folder), folder, figure, as_json)
 
 
+@app.command("lengths")
+def lengths(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of rollouts.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.jsonl.gz", help="Where the lengths go.")],
+) -> None:
+    """Write the lengths of the answers alone: all that lenvm eval prediction needs, in a file that is easy to carry."""
+    need("train")
+    from lenvm.evaluation.lengths import write_lengths
+    from lenvm.evaluation.states import group_prompts
+    from lenvm.rollouts import read_rollouts
+
+    prompts = group_prompts(read_rollouts(folder))
+    write_lengths(prompts, out)
+    typer.echo(f"{len(prompts)} prompts, {sum(len(prompt.lengths) for prompt in prompts)} lengths: {out}")
+
+
 def _check_together(context: typer.Context, endpoint: str | None, here: dict[str, Any], there: dict[str, Any]) -> None:
     """Wrong usage where options of one way to sample are given with the other."""
     alien = [name for name, value in (there if endpoint is None else here).items() if value is not None]

@@ -22,8 +22,8 @@ from lenvm_service.cli.evaluate._common import (
 )
 
 if TYPE_CHECKING:
+    from lenvm.evaluation.states import PromptAnswers
     from lenvm.modeling import LengthValueModel
-    from lenvm.rollouts import RolloutSet
 
 __all__ = ["prediction"]
 
@@ -38,11 +38,15 @@ def prediction(
     ] = 200,
     test_rollouts: Annotated[
         Path | None,
-        typer.Option("--test-rollouts", metavar="DIR", help="Answers of test prompts that are there already."),
+        typer.Option(
+            "--test-rollouts",
+            metavar="DIR|FILE",
+            help="Answers of test prompts that are there already, or a file of their lengths (lenvm rollout lengths).",
+        ),
     ] = None,
     train_rollouts: Annotated[
         Path | None,
-        typer.Option("--train-rollouts", metavar="DIR", help="Answers of train prompts that are there already."),
+        typer.Option("--train-rollouts", metavar="DIR|FILE", help="Likewise of train prompts."),
     ] = None,
     prompt_encoder: Annotated[
         str | None,
@@ -71,7 +75,7 @@ def prediction(
     """
     need("train")
     from lenvm.evaluation.prediction import pooled
-    from lenvm.evaluation.run_prediction import PredictionOptions, evaluate_rollouts
+    from lenvm.evaluation.run_prediction import PredictionOptions, evaluate_prompts
 
     check_device(device)
     check_writable(report)
@@ -82,7 +86,7 @@ def prediction(
         folder = work or Path("runs") / loaded.config.name
         given = (test_rollouts, train_rollouts)
         test, train = _rollouts(loaded, data, folder, given, samples, train_prompts, device, progress)
-        metrics = evaluate_rollouts(loaded, test, train, options, progress=progress.update)
+        metrics = evaluate_prompts(loaded, test, train, options, progress=progress.update)
     published = {**metrics, "pooled": pooled(metrics)}
     publish(report, published, device)
     draw("prediction", metrics, figures)
@@ -106,13 +110,14 @@ def _rollouts(
     train_prompts: int,
     device: str,
     progress: ProgressReporter,
-) -> tuple[RolloutSet, RolloutSet]:
-    """Sampled answers of test and train prompts: read where a folder is given, else sampled into ``work``."""
+) -> tuple[list[PromptAnswers], list[PromptAnswers]]:
+    """Answers of test and train prompts: read where a folder or file is given, else sampled into ``work``."""
     from lenvm.decoding import SamplingParams
+    from lenvm.evaluation.lengths import read_answers
     from lenvm.evaluation.run_prediction import rollouts_to_evaluate
-    from lenvm.rollouts import read_rollouts
+    from lenvm.evaluation.states import group_prompts
 
-    found = {split: read_rollouts(folder) for split, folder in zip(("test", "train"), given, strict=True) if folder}
+    found = {split: read_answers(path)[0] for split, path in zip(("test", "train"), given, strict=True) if path}
     missing = [split for split in ("test", "train") if split not in found]
     if missing:
         policy = model.config.generator
@@ -128,7 +133,7 @@ def _rollouts(
             progress=progress.update,
             splits=missing,
         )
-        found.update(zip(missing, made, strict=True))
+        found.update(zip(missing, map(group_prompts, made), strict=True))
     return found["test"], found["train"]
 
 
