@@ -25,8 +25,8 @@ RECIPE = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Step:
-    """A shell command. ``after``: steps it needs; ``gpus``: how many (``ALL``: every one); ``gives_way``: may be
-    stopped for a step that needs every GPU, and begun again."""
+    """A shell command. ``after``: steps it needs; ``gpus``: how many (``ALL``: every one); ``gives_way``: is
+    stopped for any other step that lacks a GPU, and begun again."""
 
     name: str
     command: str
@@ -80,7 +80,10 @@ class Sizes:
 
 
 def plan(options: argparse.Namespace) -> list[Step]:
-    """All steps; what stands first runs first where both could."""
+    """All steps; what stands first runs first where both could.
+
+    With ``--keep-model`` the checkpoint that is there is measured: what only makes a new one is left out.
+    """
     sizes = Sizes.smoke(options.smoke) if options.smoke else Sizes()
     data, work, model, n = options.data, options.work, options.model, max(1, options.gpus)
     on = "cuda" if options.gpus else "cpu"
@@ -101,13 +104,16 @@ def plan(options: argparse.Namespace) -> list[Step]:
         return tuple(add(f"{name}/{i + 1}", command.format(part=f"{i + 1}/{n}", i=i), *after) for i in range(n))
 
     recipe = f"train {RECIPE} --data {data} --work {work}/run --device {on}"
-    sampled = each("sample", f"{lenvm} {recipe} --only valid,train,sentences --part {{part}}")
-    guide = add("guide:1", f"{lenvm} {recipe} --only guide", *sampled)
-    branches = each("branches:1", f"{lenvm} {recipe} --only branches --part {{part}}", guide)
-    guide = add("guide:2", f"{lenvm} {recipe} --only guide-2", *branches)
-    branches = each("branches:2", f"{lenvm} {recipe} --only branches-2 --part {{part}}", guide)
-    many = f"{python} -m torch.distributed.run --standalone --nproc-per-node {n} -m lenvm_service.cli"
-    train = add("train", f"{many if n > 1 else lenvm} {recipe} --output {model}", *branches, gpus=ALL)
+    stages = "valid,train" if options.keep_model else "valid,train,sentences"
+    sampled = each("sample", f"{lenvm} {recipe} --only {stages} --part {{part}}")
+    made: tuple[str, ...] = ()
+    if not options.keep_model:
+        guide = add("guide:1", f"{lenvm} {recipe} --only guide", *sampled)
+        branches = each("branches:1", f"{lenvm} {recipe} --only branches --part {{part}}", guide)
+        guide = add("guide:2", f"{lenvm} {recipe} --only guide-2", *branches)
+        branches = each("branches:2", f"{lenvm} {recipe} --only branches-2 --part {{part}}", guide)
+        many = f"{python} -m torch.distributed.run --standalone --nproc-per-node {n} -m lenvm_service.cli"
+        made = (add("train", f"{many if n > 1 else lenvm} {recipe} --output {model}", *branches, gpus=ALL),)
 
     common = f"{lenvm} rollout --data {data} --device {on} --max-rows {3072 if options.gpus else 16}"
     test = each(
@@ -116,22 +122,19 @@ def plan(options: argparse.Namespace) -> list[Step]:
         "--part {part}",
         *sampled,
     )
-    held_out = each(
-        "calibration",
-        f"{common} --split calibration --samples 8 --seed 3 --out {work}/calibration --part {{part}}",
-        *sampled,
-    )
+    if not options.keep_model:
+        held_out = each(
+            "calibration",
+            f"{common} --split calibration --samples 8 --seed 3 --out {work}/calibration --part {{part}}",
+            *sampled,
+        )
+        fit = f"{lenvm} calibrate {model} --data {data} --rollouts {work}/calibration --device {on}"
+        made = (add("calibrate", fit, *made, *held_out),)
     rival = add(
         "prompt-only",
         f"{lenvm} train smollm2-135m-prompt-only --rollouts {work}/run/rollouts-train --work {work}/prompt-only-run "
         f"--output {work}/prompt-only --device {on}",
         *sampled,
-    )
-    calibrate = add(
-        "calibrate",
-        f"{lenvm} calibrate {model} --data {data} --rollouts {work}/calibration --device {on}",
-        train,
-        *held_out,
     )
     add(
         "prediction",
@@ -139,18 +142,18 @@ def plan(options: argparse.Namespace) -> list[Step]:
         f"{work}/run/rollouts-train --prompt-encoder {work}/prompt-only --device {on} --update-card "
         + out
         % "prediction",
-        calibrate,
+        *made,
         rival,
         *test,
     )
-    _lifebench(add, lenvm, options, sizes, on, fast, out, calibrate)
-    _conditional(add, each, lenvm, options, sizes, on, fast, out, calibrate)
-    _tradeoff(add, lenvm, options, on, fast, out, calibrate)
+    _lifebench(add, lenvm, options, sizes, on, fast, out, made)
+    _conditional(add, each, lenvm, options, sizes, on, fast, out, made)
+    _tradeoff(add, lenvm, options, on, fast, out, made)
     add(
         "tokens",
         f"{lenvm} eval tokens --model {model} --rollouts {work}/test --answers 300 --device {on} --dtype {fast} "
         + out % "tokens",
-        calibrate,
+        *made,
         *test,
     )
     _benchmarks(add, python, options, on, sampled)
@@ -158,11 +161,12 @@ def plan(options: argparse.Namespace) -> list[Step]:
     return steps
 
 
-def _lifebench(add, lenvm, options, sizes, on, fast, out, calibrate) -> None:  # type: ignore[no-untyped-def]
+def _lifebench(add, lenvm, options, sizes, on, fast, out, made) -> None:  # type: ignore[no-untyped-def]
     base = (
         f"{lenvm} eval lifebench --data {options.data} --model {options.model} --device {on} --dtype {fast} "
-        f"--targets {sizes.targets} --tasks {sizes.tasks} --tuning-tasks {sizes.tuning} --cost-cap 7.5 "
-        f"--tolerance 0.01,0.02,0.03,0.05 --min-eos-prob 0,0.001 --max-rows {options.guided_rows}"
+        f"--targets {sizes.targets} --tasks {sizes.tasks} --tuning-tasks {sizes.tuning} "
+        "--cost-cap 7.8 --forced-cap 0.04 "
+        f"--tolerance 0.01,0.015,0.02,0.03 --min-eos-prob 0.001,0.002,0.004 --max-rows {options.guided_rows}"
     )
     guided, gates = "posterior,paper_value,paper_length", "unguided,eos_gate,force_eos"
     files = []
@@ -171,31 +175,31 @@ def _lifebench(add, lenvm, options, sizes, on, fast, out, calibrate) -> None:  #
         ("least-guided", guided, "at_least"), ("most-gates", gates, "at_most"), ("least-gates", gates, "at_least"),
     ):  # fmt: skip
         files.append(f"{options.work}/lifebench-{name}.jsonl")
-        add(f"lifebench:{name}", f"{base} --modes {modes} --kinds {kind} --work {files[-1]}", calibrate)
+        add(f"lifebench:{name}", f"{base} --modes {modes} --kinds {kind} --work {files[-1]}", *made)
     everything = " ".join(f"--work {file}" for file in [f"{options.work}/lifebench.jsonl", *files])
     names = [f"lifebench:{Path(file).stem.partition('-')[2]}" for file in files]
     add("lifebench:report", f"{base} {everything} {out % 'lifebench'}", *names)
 
 
-def _conditional(add, each, lenvm, options, sizes, on, fast, out, calibrate) -> None:  # type: ignore[no-untyped-def]
+def _conditional(add, each, lenvm, options, sizes, on, fast, out, made) -> None:  # type: ignore[no-untyped-def]
     work = options.work
     base = (
         f"{lenvm} eval conditional --data {options.data} --model {options.model} --device {on} --dtype {fast} "
         f"--prompts {sizes.prompts} --samples {max(8, sizes.samples)} --max-rows {options.guided_rows}"
     )
-    parts = each("conditional", f"{base} --part {{part}} --work {work}/conditional-{{i}}.jsonl", calibrate)
+    parts = each("conditional", f"{base} --part {{part}} --work {work}/conditional-{{i}}.jsonl", *made)
     files = " ".join(f"--work {work}/conditional-{i}.jsonl" for i in range(len(parts)))
     add("conditional:report", f"{base} --work {work}/conditional.jsonl {files} {out % 'conditional'}", *parts)
 
 
-def _tradeoff(add, lenvm, options, on, fast, out, calibrate) -> None:  # type: ignore[no-untyped-def]
+def _tradeoff(add, lenvm, options, on, fast, out, made) -> None:  # type: ignore[no-untyped-def]
     work = options.work
     base = (
         f"{lenvm} eval tradeoff --data {options.data} --model {options.model} --device {on} --dtype {fast} "
         f"--max-rows {options.guided_rows}"
     )
     first = f"{work}/tradeoff-none.jsonl"
-    unguided = add("tradeoff:none", f"{base} --methods none --work {first}", calibrate)
+    unguided = add("tradeoff:none", f"{base} --methods none --work {first}", *made)
     groups = {"tilt": "tilt", "most": "at_most", "rivals": "eos_gate,be_brief"}
     parts = [
         add(
@@ -301,12 +305,18 @@ class Scheduler:
                 continue
             if not self.running:
                 return step
-            for name, (process, _, _) in self.running.items():
-                if self.steps[name].gives_way and name not in self.stopped:
-                    self.stopped.add(name)
-                    os.killpg(process.pid, signal.SIGTERM)
+            self._make_way(len(self.running))
             return None
+        if ready and not self.slots:
+            self._make_way(sum(not step.gives_way for step in ready))
         return ready[0] if ready and self.slots else None
+
+    def _make_way(self, wanted: int) -> None:
+        """Stop steps that give way until ``wanted`` are on their way out; they begin again later."""
+        for name, (process, _, _) in self.running.items():
+            if len(self.stopped) < wanted and self.steps[name].gives_way and name not in self.stopped:
+                self.stopped.add(name)
+                os.killpg(process.pid, signal.SIGTERM)
 
     def _is_ready(self, step: Step) -> bool:
         started = step.name in self.running or step.name in self.failed or self._is_done(step.name)
@@ -315,7 +325,9 @@ class Scheduler:
     def _start(self, step: Step) -> None:
         count = len(self.slots) if step.gpus == ALL else 1
         slots, self.slots = self.slots[:count], self.slots[count:]
-        environment = dict(os.environ)
+        # Small problems on the CPU (a calibration, a probe) crawl where every process takes every core.
+        threads = str(max(1, min(8, (os.cpu_count() or 1) // (len(self.slots) + len(slots) or 1))))
+        environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, **os.environ}
         if self.on_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
         with (self.work / "logs" / f"{step.name.replace('/', '-')}.log").open("ab") as log:
@@ -357,6 +369,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
     parser.add_argument("--gpus", type=int, default=1, help="0: on the CPU")
     parser.add_argument("--guided-rows", type=int, default=512, help="guided answers in flight on each GPU")
+    parser.add_argument("--keep-model", action="store_true", help="measure the checkpoint that is there")
     parser.add_argument("--only", default="", help="steps whose names begin so, commas between them; default: all")
     parser.add_argument("--smoke", type=Path, metavar="DIR", help="tiny sizes with this tiny backbone")
     parser.add_argument("--plan", action="store_true", help="print the steps and run none")

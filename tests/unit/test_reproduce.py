@@ -24,11 +24,12 @@ def reproduce() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("gpus", [0, 1, 4])
+@pytest.mark.parametrize(("gpus", "keep"), [(0, False), (1, False), (4, False), (4, True)])
 def test_every_step_needs_steps_that_stand_before_it(
-    reproduce: ModuleType, gpus: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reproduce: ModuleType, gpus: int, keep: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--data", "D", "--gpus", str(gpus), "--plan"])
+    more = ["--keep-model"] if keep else []
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--data", "D", "--gpus", str(gpus), "--plan", *more])
     reproduce.main()
     text = capsys.readouterr().out
     seen: set[str] = set()
@@ -40,7 +41,8 @@ def test_every_step_needs_steps_that_stand_before_it(
     assert len({name for name in seen if name.startswith("sample/")}) == max(1, gpus)
     for report in ("prediction", "lifebench", "conditional", "tradeoff", "tokens", "ablation", "scaling"):
         assert f"--report reports/{report}.json" in text
-    assert ("torch.distributed.run" in text) == (gpus > 1)
+    assert ("torch.distributed.run" in text) == (gpus > 1 and not keep)
+    assert ("train" in seen) == ("calibrate" in seen) == (not keep)
 
 
 def test_steps_run_once_share_what_there_is_and_a_failure_takes_down_what_needs_it(
@@ -77,3 +79,16 @@ def test_a_step_that_gives_way_is_begun_again(reproduce: ModuleType, tmp_path: P
     ]
     assert reproduce.Scheduler(steps, tmp_path / "work", 2).run() == 0
     assert "done" in (tmp_path / "work" / "logs" / "slow.log").read_text()
+
+
+def test_a_step_that_gives_way_does_so_for_any_that_lacks_a_gpu(reproduce: ModuleType, tmp_path: Path) -> None:
+    step, mark = reproduce.Step, tmp_path / "mark"
+    steps = [
+        step("begin", f"touch {mark}.begin"),
+        step("filler", f"if [ -e {mark} ]; then echo done; else touch {mark}.filler; sleep 60; fi", gives_way=True),
+        step("wait", f"while [ ! -e {mark}.filler ]; do sleep 0.05; done", ("begin",)),
+        step("both/1", f"touch {mark}", ("wait",)),
+        step("both/2", f"touch {mark}", ("wait",)),
+    ]
+    assert reproduce.Scheduler(steps, tmp_path / "work", 2).run() == 0
+    assert "done" in (tmp_path / "work" / "logs" / "filler.log").read_text()
