@@ -218,3 +218,25 @@ def test_prompts_and_decoding_steps_part_where_the_kernel_would_be_lost(
     monkeypatch.undo()
     for work in works:
         scorer.pool.release(work.blocks)
+
+
+def test_a_gpu_that_records_no_graph_is_served_without(
+    scorer: TorchScorer, full_forward: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lenvm.scoring.step_graph import GraphError
+
+    class Refusing:
+        def fits(self, rows: int, width: int) -> bool:
+            return True
+
+        def run(self, *_: Any) -> None:
+            raise GraphError("not here")
+
+    prefix = ids(6)
+    (state,) = scorer.open([prefix])
+    scorer._steps = Refusing()  # type: ignore[assignment]
+    with caplog.at_level("WARNING"):
+        (answer,) = scorer.score([ScoreRow(state, (), [9, 10])])
+    assert scorer._steps is None
+    assert "not here" in caplog.text
+    close(answer.candidate_logits[1], full_forward([*prefix, 10])[0][-1])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lenvm.decoding.sampler import Sampler
     from lenvm.decoding.types import SamplingParams
 
-__all__ = ["DeviceStep", "draw_token", "top_candidates"]
+__all__ = ["DeviceStep", "captured", "draw_token", "top_candidates"]
 
 # Steps between two looks of the host. A row that has ended stands still for one and a half of these on average, which
 # costs a large batch more than looking twice as often does.
@@ -107,7 +107,7 @@ class DeviceStep:
         self._lm_head = sampler.model.get_output_embeddings()
         self._value_decoder = StepDecoder(self.model.decoder, compiled=compiled) if self.model is not None else None
         with self._decoder.recording(), self._value_decoder.recording() if self._value_decoder else nullcontext():
-            self.advance = _captured(self._step) if on_gpu else self._step
+            self.advance = captured(self._step) if on_gpu else self._step
         self.column.zero_()
 
     def _plan(self, pool: BlockPool, ids: torch.Tensor, positions: torch.Tensor, **fields: Any) -> Plan:
@@ -254,8 +254,9 @@ def _twin(pool: BlockPool, model: Any) -> BlockPool:
     )
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Record ``step`` in a CUDA graph, after warm-up on a side stream, and return its replay."""
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Record ``step`` in a CUDA graph, after warm-up on a side stream, and return its replay. What other threads do on
+    the GPU meanwhile does not disturb it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -263,7 +264,7 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     replay: Callable[[], None] = graph.replay
     return replay

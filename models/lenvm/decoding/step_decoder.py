@@ -18,17 +18,20 @@ __all__ = ["StepDecoder"]
 
 
 class StepDecoder:
-    """``(ids [N], positions [N], plan) -> last hidden states [N, hidden]``."""
+    """``(ids [N], positions [N], plan) -> last hidden states [N, hidden]``.
 
-    def __init__(self, decoder: Any, *, compiled: bool) -> None:
+    ``dynamic``: compiled once for any N, and not anew for each.
+    """
+
+    def __init__(self, decoder: Any, *, compiled: bool, dynamic: bool = False) -> None:
         self.decoder, self.compiled = decoder, compiled
         self.fused: FusedWeights | None = None
         # Adapters that are not merged are not in the weights.
         if can_fuse(decoder) and not any(isinstance(module, LoRALinear) for module in decoder.modules()):
             self.fused = _fused(decoder)
-        self._before = torch.compile(_before, dynamic=False) if compiled else _before
-        self._after = torch.compile(_after, dynamic=False) if compiled else _after
-        self._last = torch.compile(_last, dynamic=False) if compiled else _last
+        self._before = torch.compile(_before, dynamic=dynamic) if compiled else _before
+        self._after = torch.compile(_after, dynamic=dynamic) if compiled else _after
+        self._last = torch.compile(_last, dynamic=dynamic) if compiled else _last
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

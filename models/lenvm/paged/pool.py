@@ -50,7 +50,8 @@ class BlockPool:
     Block 0 is never handed out: padded rows write and read there. A block may belong to several prefix states at once.
     Blocks are append-only: ``fork`` lets the first child of a state go on in its half-filled last block and gives every
     later child a copy (copy-on-write), so what a state refers to never changes. The pool starts small and
-    doubles up to ``max_blocks``; with ``initial_blocks == max_blocks`` the tensors never move, which CUDA graphs need.
+    doubles up to ``max_blocks``; with ``initial_blocks == max_blocks`` the tensors never move, which CUDA graphs need,
+    and all layers lie in one tensor, so that a copy or a write is one operation and not one for each layer.
     """
 
     def __init__(
@@ -69,16 +70,22 @@ class BlockPool:
         self.device = torch.device(device)
         self.dtype = dtype
         self.num_blocks = min(initial_blocks or 64, max_blocks)
-        self.keys = [self._new(self.num_blocks) for _ in range(shape.layers)]
-        self.values = [self._new(self.num_blocks) for _ in range(shape.layers)]
+        # [layers, blocks, kv_heads, block_size, head_dim] twice, or None where the pool grows.
+        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self.num_blocks == max_blocks:
+            self._whole = self._new(shape.layers, max_blocks), self._new(shape.layers, max_blocks)
+            self.keys, self.values = (list(tensor.unbind(0)) for tensor in self._whole)
+        else:
+            self.keys = [self._new(self.num_blocks) for _ in range(shape.layers)]
+            self.values = [self._new(self.num_blocks) for _ in range(shape.layers)]
         self._free = list(range(self.num_blocks - 1, 0, -1))
         # Lists, not arrays: they are read and written one block at a time, for every row of every step.
         self._references = [0] * self.num_blocks
         self._filled = [0] * self.num_blocks
 
-    def _new(self, blocks: int) -> torch.Tensor:
+    def _new(self, *blocks: int) -> torch.Tensor:
         # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN of stale memory is NaN.
-        size = (blocks, self.shape.kv_heads, self.block_size, self.shape.head_dim)
+        size = (*blocks, self.shape.kv_heads, self.block_size, self.shape.head_dim)
         return torch.zeros(size, dtype=self.dtype, device=self.device)
 
     @property
@@ -172,10 +179,14 @@ class BlockPool:
         return child
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks, ``(source, target)`` each: one operation a layer for all of them."""
+        """Copy blocks, ``(source, target)`` each, all of them together."""
         if not pairs:
             return
         source, target = to_device(np.asarray(pairs, dtype=np.int64), self.device).unbind(-1)
+        if self._whole is not None:
+            for tensor in self._whole:
+                tensor[:, target] = tensor[:, source]
+            return
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[target] = tensor[source]
@@ -185,9 +196,13 @@ class BlockPool:
         return blocks[position // self.block_size], position % self.block_size
 
     def write(self, slots: Sequence[tuple[int, int]], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store ``W`` tokens at ``slots`` (block, offset), one operation a layer. ``keys`` and ``values`` are
+        """Store ``W`` tokens at ``slots`` (block, offset), all of them together. ``keys`` and ``values`` are
         ``[layers, W, kv_heads, head_dim]``."""
         block, offset = to_device(np.asarray(slots, dtype=np.int64), self.device).unbind(-1)
+        if self._whole is not None:
+            for tensor, stored in zip(self._whole, (keys, values), strict=True):
+                tensor.permute(1, 3, 0, 2, 4)[block, offset] = stored.transpose(0, 1)
+            return
         for layer in range(self.shape.layers):
             self.keys[layer][block, :, offset] = keys[layer]
             self.values[layer][block, :, offset] = values[layer]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +14,19 @@ from numpy.typing import NDArray
 
 from lenvm.distribution import LengthBins
 from lenvm.errors import ContextTooLongError, InvalidRequestError, StateClosedError
+from lenvm.fused import can_fuse
 from lenvm.modeling import HeadOutput, LengthValueModel
 from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward
+from lenvm.paged.attention import Plan
 from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats
+
+if TYPE_CHECKING:
+    from lenvm.decoding.step_decoder import StepDecoder
+    from lenvm.scoring.step_graph import StepGraphs, StepNumbers
 
 __all__ = ["TorchScorer", "TorchState"]
 
+_log = logging.getLogger(__name__)
 _STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of their own
 
 
@@ -134,13 +143,37 @@ class TorchScorer:
             pool_tokens = 1 << 18
             if model.device.type == "cuda":
                 pool_tokens = torch.cuda.mem_get_info(model.device)[0] // 4 // shape.token_bytes(model.dtype)
-        self.pool = BlockPool(
-            shape,
-            max_blocks=-(-pool_tokens // block_size) + 1,
-            block_size=block_size,
-            device=model.device,
-            dtype=model.dtype,
-        )
+        self._pool: BlockPool | None = None
+        self._pool_size = -(-pool_tokens // block_size) + 1, block_size
+        self._decoder: StepDecoder | None = None
+        self._steps: StepGraphs | None = None
+
+    @property
+    def pool(self) -> BlockPool:
+        """The block pool, made on first use; on CUDA at full size, since graphs need tensors that never move."""
+        if self._pool is None:
+            blocks, size = self._pool_size
+            model, on_gpu = self.model, self.model.device.type == "cuda"
+            self._pool = BlockPool(
+                PoolShape.of(model.decoder.config),
+                max_blocks=blocks,
+                initial_blocks=blocks if on_gpu else None,
+                block_size=size,
+                device=model.device,
+                dtype=model.dtype,
+            )
+            if self._pool.has_step_kernel and can_fuse(model.decoder):
+                self._use_fused(compiled=on_gpu)
+        return self._pool
+
+    def _use_fused(self, *, compiled: bool) -> None:
+        """Run our own fused decoder, and decoding steps as graphs."""
+        from lenvm.decoding.step_decoder import StepDecoder
+        from lenvm.scoring.step_graph import StepGraphs
+
+        self._decoder = StepDecoder(self.model.decoder, compiled=compiled, dynamic=True)
+        if self._decoder.fused is not None:
+            self._steps = StepGraphs(self.model, self.pool, self._decoder)
 
     @property
     def gamma(self) -> float:
@@ -288,8 +321,12 @@ class TorchScorer:
         active = [work for work in works if work.new_tokens]
         if not active:
             return [self._finish(work, None, None, 0) for work in works]
+        if self._steps is not None and len(active) == len(works) and not any(work.tail for work in works):
+            if self._steps.fits(len(works), max(work.new_tokens for work in works)):
+                if (step := self._launch(works, self._steps)) is not None:
+                    return self._stepped(works, step)
         plan = build_plan(self.pool, [Row(work.blocks, work.length, work.tail, work.row.candidates) for work in active])
-        hidden = packed_forward(self.model.decoder, plan)
+        hidden = self._hidden(plan)
         # The places whose values are wanted: of a tail those from ``first_value`` on, and every candidate.
         sizes = np.array([work.new_tokens for work in active])
         skipped = np.array([work.first_value if work.tail else 0 for work in active])
@@ -306,8 +343,7 @@ class TorchScorer:
         capture = None
         if plan.captured_keys:
             capture = _Capture(torch.stack(plan.captured_keys), torch.stack(plan.captured_values))
-        self.stats.forwards += 1
-        self.stats.tokens += int(plan.input_ids.numel())
+        self._count(int(plan.input_ids.numel()))
         results, at, candidate_at = [], 0, 0
         for work in works:
             size = work.new_tokens - (work.first_value if work.tail else 0)
@@ -315,10 +351,61 @@ class TorchScorer:
             at += size
             candidate_at += len(work.row.candidates)
         if capture is not None:
-            capture.rows = len(capture.users)
-            if capture.rows > 1:
-                self._captures.add(capture)
+            self._keep(capture)
         return results
+
+    def _hidden(self, plan: Plan) -> torch.Tensor:
+        """Last hidden states ``[N, hidden]`` of a packed forward."""
+        if self._decoder is not None and (plan.fresh or not plan.groups):
+            return self._decoder(plan.input_ids, plan.positions, plan)
+        return packed_forward(self.model.decoder, plan)
+
+    def _launch(self, works: Sequence[_Work], steps: StepGraphs) -> StepNumbers | None:
+        """Candidates alone, by one graph; None where this GPU or driver would not record it, now and for good."""
+        from lenvm.scoring.step_graph import GraphError
+
+        blocks, lengths = [work.blocks for work in works], [work.length for work in works]
+        try:
+            return steps.run(blocks, lengths, [work.row.candidates for work in works])
+        except GraphError as error:
+            _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
+            self._steps = None
+            return None
+
+    def _stepped(self, works: Sequence[_Work], step: StepNumbers) -> list[RowScore]:
+        """The answers of a step."""
+        self._count(sum(work.new_tokens for work in works))
+        capture = _Capture(step.keys, step.values)
+        has_bins = self.bins is not None
+        results = []
+        for row, work in enumerate(works):
+            ids = tuple(work.row.candidates)
+            logits = step.numbers[row, : len(ids), 0]
+            bins = step.numbers[row, : len(ids), 1:] if has_bins else None
+            state = TorchState(self.pool, work.blocks, work.length, work.logit, work.bin_logprobs)
+            state.scored = _Scored(ids, logits, bins, capture, row * step.width)
+            capture.users.add(state.scored)
+            results.append(
+                RowScore(
+                    state=state,
+                    logits=np.array([work.logit]),
+                    bin_logprobs=None if work.bin_logprobs is None else work.bin_logprobs[None],
+                    candidate_logits=logits,
+                    candidate_bin_logprobs=bins,
+                    cached_tokens=work.length,
+                )
+            )
+        self._keep(capture)
+        return results
+
+    def _count(self, tokens: int) -> None:
+        self.stats.forwards += 1
+        self.stats.tokens += tokens
+
+    def _keep(self, capture: _Capture) -> None:
+        capture.rows = len(capture.users)
+        if capture.rows > 1:
+            self._captures.add(capture)
 
     def _finish(
         self, work: _Work, numbers: NDArray[np.float64] | None, capture: _Capture | None, first: int
