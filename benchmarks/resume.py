@@ -3,14 +3,16 @@
     python benchmarks/resume.py --rollouts runs/NAME/rollouts-valid --device cuda --report reports/resume.json
 
 Both are ``lenvm train`` on the same answers. The second is killed once it has gone on past a checkpoint, and the same
-command is given again. What is compared is the total loss of every step: bitwise on a CPU, within 1e-3 on a GPU. There
-a third run, whole as the first, tells how far two runs come apart by themselves (kernels that add in any order).
+command is given again. What is compared is the total loss of every step: bitwise on a CPU, within 1e-3 on a GPU. A
+third run, whole as the first, tells how far two runs come apart by themselves: with ``--fast`` (kernels that add in any
+order, the default of training) they do on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -48,6 +50,7 @@ def command(options: argparse.Namespace, work: Path) -> list[str]:
         "train.epochs": 1,
         "train.batch_tokens": options.batch_tokens,
         "train.micro_tokens": options.batch_tokens,
+        "train.deterministic": str(not options.fast).lower(),
     }
     sets = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
     extra = [part for change in options.set for part in ("--set", change)]
@@ -56,9 +59,16 @@ def command(options: argparse.Namespace, work: Path) -> list[str]:
     return [*run, *where, *sets, *extra]
 
 
+def environment() -> dict[str, str]:
+    """Of every run: cuBLAS needs a fixed workspace to add in one order."""
+    return {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
 def killed_and_resumed(options: argparse.Namespace, work: Path) -> int:
     """Kill the run behind its first checkpoint, run it again to its end; the last step before the kill."""
-    process = subprocess.Popen(command(options, work), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(options, work), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + _TIMEOUT_S
     aim = options.checkpoint_every + options.checkpoint_every // 2
     while process.poll() is None and max(curve(work), default=0) < aim and time.monotonic() < deadline:
@@ -68,7 +78,7 @@ def killed_and_resumed(options: argparse.Namespace, work: Path) -> int:
     process.send_signal(signal.SIGKILL)
     process.wait()
     killed_at = max(curve(work), default=0)
-    subprocess.run(command(options, work), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(options, work), env=environment(), check=True, stdout=subprocess.DEVNULL)
     return killed_at
 
 
@@ -90,14 +100,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--checkpoint-every", type=int, default=10)
     parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--fast", action="store_true", help="the kernels of every day, which add in any order")
     parser.add_argument("--set", action="append", default=[], help="changes of the recipe, as lenvm train takes them")
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lenvm-resume-") as folder:
         whole, cut, again = (Path(folder) / name for name in ("whole", "cut", "again"))
-        subprocess.run(command(options, whole), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command(options, whole), env=environment(), check=True, stdout=subprocess.DEVNULL)
         killed_at = killed_and_resumed(options, cut)
-        subprocess.run(command(options, again), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command(options, again), env=environment(), check=True, stdout=subprocess.DEVNULL)
         first = curve(whole)
         metrics: dict[str, Any] = {
             "steps": len(first),

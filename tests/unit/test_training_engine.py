@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lenvm.errors import InvalidRequestError
-from lenvm.training import TrainSettings
+from lenvm.training import TrainSettings, train
 from lenvm.training.engine import Engine
-from tests.support.training import one_step, random_model
+from tests.support.training import made, one_step, random_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -58,3 +58,22 @@ def test_training_moves_the_modules_that_are_saved() -> None:
         moved = [n for n, p in model.named_parameters() if not bool((p == 0.5).all())]
         frozen = [n for n in moved if ".base." not in n]
         assert (frozen == []) if mode == "full" else all("norm" in n or "embed" in n for n in frozen), frozen
+
+
+def test_one_order_of_adding_is_asked_for_while_it_trains_and_no_longer() -> None:
+    seen: list[bool] = []
+
+    def run(**changes: Any) -> dict[str, Any]:
+        settings = TrainSettings(epochs=1, batch_tokens=256, micro_tokens=256, log_every=1, lora_rank=2, **changes)
+        return train(
+            random_model(), made(12), settings,
+            on_step=lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()),
+        )  # fmt: skip
+
+    exact = run(deterministic=True)
+    assert seen
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+    seen.clear()
+    assert run()["train"]["total"] == exact["train"]["total"]  # a CPU adds in one order anyway
+    assert not any(seen)

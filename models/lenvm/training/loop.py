@@ -127,7 +127,8 @@ class Trainer:
         self._clock = _Clock(position)
         self.model.train()
         try:
-            with _reduced_precision(self.model.device), self._feed(started_at) as feed:
+            exact = _one_order(self.settings.deterministic)
+            with exact, _reduced_precision(self.model.device), self._feed(started_at) as feed:
                 for step in feed:
                     scale = self._schedule(position)
                     if scale <= 0.0:
@@ -332,6 +333,18 @@ def evaluate_loss(model: LengthValueModel, samples: Samples | Source, settings: 
     """Token-mean losses on held-out samples."""
     held_out = HeldOut(samples, settings)
     return held_out.losses(Engine(model, settings), held_out.shape, World.current())
+
+
+@contextmanager
+def _one_order(wanted: bool) -> Iterator[None]:
+    """Kernels that add in one order, where PyTorch has such; the process's own choice comes back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextmanager

@@ -16,7 +16,16 @@ __all__ = ["TrainSettings"]
 
 # What changes how a run is carried out, not what it computes: a run may go on under other values of these.
 _CIRCUMSTANCES = frozenset(
-    {"compile", "layers", "adapter_gradient", "attention", "checkpoint_every", "checkpoint_minutes", "log_every"}
+    {
+        "compile",
+        "layers",
+        "adapter_gradient",
+        "attention",
+        "deterministic",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "log_every",
+    }
 )
 
 
@@ -50,6 +59,8 @@ class TrainSettings:
         layers: ``plain`` runs transformers' own, ``fused`` ours; ``auto`` is fused where the architecture allows it.
         adapter_gradient: ``dense`` forms the gradient of the merged weight and projects it; ``low`` and ``low_cat``
             never form it (``low_cat`` computes the low-rank halves inside the large products).
+        deterministic: kernels that add in one order; a GPU then gives the same loss curve again to the last bit, more
+            slowly. (The CPU does so anyway.)
         attention: ``gqa`` lets the kernel share keys and values between heads, ``repeat`` copies them.
         checkpoint_every, checkpoint_minutes: how often the state is saved, in steps and minutes; 0 never.
         log_every: steps a log line.
@@ -83,6 +94,7 @@ class TrainSettings:
     layers: Layers = "auto"
     adapter_gradient: AdapterGradient = "dense"
     attention: AttentionKind = "gqa"
+    deterministic: bool = False
     checkpoint_every: int = 200
     checkpoint_minutes: float = 5.0
     log_every: int = 10
