@@ -23,7 +23,7 @@ from lenvm.paged.attention import Plan
 __all__ = ["GraphError", "StepGraphs", "StepNumbers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_WIDTHS = (1, 4, 8, 16, 24, 32, 64)
+_WIDTHS = (4, 8, 16, 24, 32, 64)  # not 1: a compiler makes code of its own for one token
 
 
 class GraphError(RuntimeError):

@@ -356,7 +356,8 @@ class TorchScorer:
 
     def _hidden(self, plan: Plan) -> torch.Tensor:
         """Last hidden states ``[N, hidden]`` of a packed forward."""
-        if self._decoder is not None and (plan.fresh or not plan.groups):
+        # One token alone would be compiled anew, which takes seconds.
+        if self._decoder is not None and (plan.fresh or not plan.groups) and len(plan.input_ids) > 1:
             return self._decoder(plan.input_ids, plan.positions, plan)
         return packed_forward(self.model.decoder, plan)
 
