@@ -39,9 +39,11 @@ def test_prediction_table() -> None:
         cells = [
             domain,
             f"{100 * row['mre']:.1f} % ({100 * low:.1f}-{100 * high:.1f})",
-            f"{100 * row['baselines']['constant']:.1f} %",
-            f"{100 * row['baselines']['prompt_length']:.1f} %",
+            f"{100 * row['oracle_horizon_same']:.1f} %",
+            f"{100 * row['mre_mean']:.1f} %",
+            *(f"{100 * row['baselines'][name]:.1f} %" for name in ("constant", "prompt_length", "linear_probe")),
             f"{100 * row['noise_floor']:.1f} %",
+            f"{100 * row['coverage_p90']:.1f} %",
             f"{100 * row['cut_share']:.1f} %",
         ]
         assert "| " + " | ".join(cells) + " |" in README
