@@ -1,0 +1,73 @@
+"""How far one scorer's answers are from another's: values and horizons along texts, and a decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lenvm.errors import ParityError
+from lenvm.export.artifact import Variant
+from lenvm.returns import horizon_from_logit, value_from_logit
+from lenvm.scoring import Scorer, ScoreRow
+
+__all__ = ["LIMITS", "Parity", "check_parity", "compare"]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Errors over ``states``: of the value, and of the horizon relative to the reference's."""
+
+    states: int
+    value_mean: float
+    value_max: float
+    horizon_mean: float
+    horizon_max: float
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields by name."""
+        return asdict(self)
+
+
+# What a variant may lose against torch in float32, from the prompt on: (mean, largest) error of the value.
+LIMITS: dict[Variant, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "fp16": (0.005, 0.05), "int8": (0.02, 0.25)}
+
+
+def compare(reference: Scorer, other: Scorer, texts: Sequence[tuple[Sequence[int], int]]) -> Parity:
+    """Over texts, ``(ids, prompt length)`` each: all states from the end of the prompt on, and decoding steps."""
+    logits = [np.concatenate([_logits(scorer, ids, start) for ids, start in texts]) for scorer in (reference, other)]
+    values = [value_from_logit(found) for found in logits]
+    lengths = [horizon_from_logit(found, reference.gamma) for found in logits]
+    value_errors, length_errors = np.abs(values[1] - values[0]), np.abs(lengths[1] / lengths[0] - 1)
+    return Parity(
+        states=len(value_errors),
+        value_mean=float(value_errors.mean()),
+        value_max=float(value_errors.max()),
+        horizon_mean=float(length_errors.mean()),
+        horizon_max=float(length_errors.max()),
+    )
+
+
+def _logits(scorer: Scorer, ids: Sequence[int], start: int) -> NDArray[np.float64]:
+    """Value logits of one text: after each token from the prompt's last one on, then those of two decoding steps with
+    two candidates each, the second of which goes on with a promoted one."""
+    whole = scorer.token_values(ids[:start], ids[start:])
+    found = [whole.logits]
+    (answer,) = scorer.score([ScoreRow(append=ids[:start])])
+    for at in range(start, min(start + 2, len(ids))):
+        append = [ids[at - 1]] if at > start else []
+        (answer,) = scorer.score([ScoreRow(answer.state, append, [ids[at], ids[at - 1]])])
+        found.append(answer.candidate_logits)
+    return np.concatenate(found)
+
+
+def check_parity(variant: Variant, found: Parity) -> None:
+    """Raise ParityError where a variant lost more than it may."""
+    mean, largest = LIMITS[variant]
+    if not (found.value_mean <= mean and found.value_max <= largest):  # not written as > : NaN must fail
+        raise ParityError(
+            f"values of the {variant} graph differ from torch's by {found.value_mean:.2g}, up to {found.value_max:.2g} "
+            f"({mean:g} and {largest:g} are allowed): nothing was written, take another --variant"
+        )
