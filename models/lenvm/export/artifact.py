@@ -28,7 +28,7 @@ class ExportInfo:
     Attributes:
         variant: precision of the graph.
         dtype: of keys and values.
-        by_row: products of an int8 graph whose input is scaled token by token, such as ``11.down``.
+        int8_products: those that an int8 graph computes in int8, such as ``11.up``.
         checkpoint_files: digests of the checkpoint's weight files.
         parity: errors against torch in float32, measured before the folder was written.
     """
@@ -41,7 +41,7 @@ class ExportInfo:
     kv_heads: int
     head_dim: int
     eos_ids: tuple[int, ...]
-    by_row: tuple[str, ...] = ()
+    int8_products: tuple[str, ...] = ()
     checkpoint_files: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -76,7 +76,7 @@ class ExportInfo:
         if version != FORMAT_VERSION:
             raise ArtifactError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}")
         try:
-            info = cls(**{**data, **{name: tuple(data[name]) for name in ("eos_ids", "by_row")}})
+            info = cls(**{**data, **{name: tuple(data[name]) for name in ("eos_ids", "int8_products")}})
             sizes = (info.context, info.vocab_size, info.layers, info.kv_heads, info.head_dim, *info.eos_ids)
             wrong = [size for size in sizes if not isinstance(size, int) or isinstance(size, bool) or size < 0]
             if wrong or info.variant not in VARIANTS or info.dtype not in ("float32", "float16"):

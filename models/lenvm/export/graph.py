@@ -125,7 +125,7 @@ class _Builder:
     ) -> None:
         self.graph, self.weights, self.precision, self.quantized = graph, weights, precision, quantized
         self.spec = weights.spec
-        self.whole: dict[tuple[str, bool], tuple[str, str, str | None]] = {}  # several products share an input
+        self.whole: dict[str, str] = {}  # inputs -> the same as whole numbers
         self.widths = [self.spec.heads * self.spec.head_dim] + 2 * [self.spec.kv_heads * self.spec.head_dim]
 
     def build(self) -> None:
@@ -245,31 +245,13 @@ class _Builder:
             weight = self.weights.layers[layer][kind]
             assert weight is not None
             return g.add("MatMul", [name, g.floats(output + "_weight", weight)], output)
-        whole, scale, rows = self._whole(name, made.input_scale)
+        scale = g.weight(name + "_step", np.array(made.input_scale, dtype=np.float32))
         zero = g.weight("input_zero", np.array(128, dtype=np.uint8))
-        inputs = [whole, g.weight(output + "_int8", made.values), scale, g.weight(output + "_scale", made.scales), zero]
-        inputs.append(g.weight("weight_zero", np.array(0, dtype=np.int8)))
-        if rows is None:
-            return g.add("MatMulIntegerToFloat", inputs, output, domain=_CONTRIB)
-        g.add("MatMulIntegerToFloat", inputs, output + "_scaled", domain=_CONTRIB)
-        return g.add("Mul", [output + "_scaled", rows], output)
-
-    def _whole(self, name: str, step: float | None) -> tuple[str, str, str | None]:
-        """An input as whole numbers, one step of them, and the tokens' own scales where ``step`` is None."""
-        g, key = self.graph, (name, step is None)
-        if key in self.whole:
-            return self.whole[key]
-        rows = None
-        if step is None:
-            g.add("Abs", [name], name + "_abs")
-            g.add("ReduceMax", [name + "_abs", g.ints(-1)], name + "_max", keepdims=1)
-            tiny = g.floats("tiny", np.array([1e-20], dtype=np.float32))
-            rows = g.add("Max", [name + "_max", tiny], name + "_size")
-            name, step = g.add("Div", [name, rows], name + "_unit"), 1 / 127
-        scale = g.weight(name + "_step", np.array(step, dtype=np.float32))
-        zero = g.weight("input_zero", np.array(128, dtype=np.uint8))
-        self.whole[key] = g.add("QuantizeLinear", [name, scale, zero], name + "_uint8"), scale, rows
-        return self.whole[key]
+        if name not in self.whole:  # several products share an input
+            self.whole[name] = g.add("QuantizeLinear", [name, scale, zero], name + "_uint8")
+        weights = [g.weight(output + "_int8", made.values), scale, g.weight(output + "_scale", made.scales), zero]
+        inputs = [self.whole[name], *weights, g.weight("weight_zero", np.array(0, dtype=np.int8))]
+        return g.add("MatMulIntegerToFloat", inputs, output, domain=_CONTRIB)
 
     def _norm(self, name: str, output: str, weight: Array | None) -> str:
         assert weight is not None

@@ -51,15 +51,18 @@ def compare(reference: Scorer, other: Scorer, texts: Sequence[tuple[Sequence[int
 
 
 def _logits(scorer: Scorer, ids: Sequence[int], start: int) -> NDArray[np.float64]:
-    """Value logits of one text: after each token from the prompt's last one on, then those of two decoding steps with
-    two candidates each, the second of which goes on with a promoted one."""
-    whole = scorer.token_values(ids[:start], ids[start:])
-    found = [whole.logits]
-    (answer,) = scorer.score([ScoreRow(append=ids[:start])])
+    """Value logits of one text: at the end of the prompt, after each token of the answer, which goes on from the stored
+    prompt, and of two decoding steps with two candidates each, the second of which goes on with a promoted one."""
+    (opened,) = scorer.score([ScoreRow(append=ids[:start])])
+    found = [opened.logits]
+    if len(ids) > start:
+        found.append(scorer.score([ScoreRow(opened.state, ids[start:], values_from=0)])[0].logits)
+    state = opened.state
     for at in range(start, min(start + 2, len(ids))):
         append = [ids[at - 1]] if at > start else []
-        (answer,) = scorer.score([ScoreRow(answer.state, append, [ids[at], ids[at - 1]])])
+        (answer,) = scorer.score([ScoreRow(state, append, [ids[at], ids[at - 1]])])
         found.append(answer.candidate_logits)
+        state = answer.state
     return np.concatenate(found)
 
 

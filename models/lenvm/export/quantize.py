@@ -3,8 +3,8 @@
 Weights have one scale a column and seven bits: eight would overflow the 16-bit sums of CPUs without VNNI. Inputs have
 one fixed scale a product, from the texts, so that an answer does not depend on what else is in its batch. Two things
 make that exact enough: channels that are large at the input are shrunk there and their weights grown (SmoothQuant, Xiao
-et al., 2022; folded into the norm or the product before), and inputs where single tokens are huge are scaled token by
-token.
+et al., 2022; folded into the norm or the product before), and products that would still lose much, as single tokens are
+huge at their input, stay in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LEVELS = 63  # of a weight, either side of zero
 _INPUT_LEVELS = 127
 _SMOOTHING = 0.5  # how much of the range of inputs goes into the weights
 _MARGIN = 1.25  # inputs may be larger than those of the texts
-_BY_ROW = 0.01  # mean squared error of a product, relative, from which on its input is scaled token by token
+_MOST_ERROR = 0.002  # mean squared error of a product, relative, above which it stays in float32
 # Queries and keys stand in exponents: in int8 they would lose more than all others, and they are a sixth of the work.
 _FLOAT = ("q", "k", "v")
 _SMOOTHED = {"gate": "post_norm", "up": "post_norm", "down": "up"}  # and what comes before them
@@ -37,25 +37,19 @@ Place = tuple[int, str]  # layer and product
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """``values`` int8 ``[in, out]``, ``scales`` float32 ``[out]``; ``input_scale``: one step of the input in int8, or
-    None where each token has a scale of its own."""
+    """``values`` int8 ``[in, out]``, ``scales`` float32 ``[out]``; ``input_scale``: one step of the input in int8."""
 
     values: NDArray[np.int8]
     scales: Array
-    input_scale: float | None
+    input_scale: float
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Smoothed weights, and the products that run in int8."""
+    """Smoothed weights, and the products that run in int8, by layer and kind."""
 
     weights: GraphWeights
     products: Mapping[Place, QuantizedWeight]
-
-    @property
-    def by_row(self) -> tuple[str, ...]:
-        """Products whose input is scaled token by token, such as ``11.down``."""
-        return tuple(f"{layer}.{kind}" for (layer, kind), made in self.products.items() if made.input_scale is None)
 
 
 def quantize(model: LengthValueModel, weights: GraphWeights, texts: Sequence[Sequence[int]]) -> Quantization:
@@ -75,12 +69,12 @@ def quantize(model: LengthValueModel, weights: GraphWeights, texts: Sequence[Seq
     }
     errors = _errors(model, smoothed, factors, ranges, texts)
     made: dict[Place, QuantizedWeight] = {}
-    for place in largest:
+    for place in (place for place, error in errors.items() if error <= _MOST_ERROR):
         weight = smoothed.layers[place[0]][place[1]]
         assert weight is not None
         scales = np.maximum(np.abs(weight).max(axis=0) / _LEVELS, 1e-12).astype(np.float32)
         values = np.rint(weight / scales).astype(np.int8)
-        made[place] = QuantizedWeight(values, scales, ranges[place] if errors[place] <= _BY_ROW else None)
+        made[place] = QuantizedWeight(values, scales, ranges[place])
     return Quantization(smoothed, made)
 
 

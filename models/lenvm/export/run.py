@@ -100,7 +100,7 @@ def _write(model: LengthValueModel, folder: Path, variant: Variant, texts: Seque
         kv_heads=weights.spec.kv_heads,
         head_dim=weights.spec.head_dim,
         eos_ids=load_eos_ids(model.backbone_dir),
-        by_row=quantization.by_row if quantization else (),
+        int8_products=tuple(f"{layer}.{kind}" for layer, kind in quantization.products) if quantization else (),
         checkpoint_files=model.config.files,
     )
     info.save(folder)
