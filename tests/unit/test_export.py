@@ -31,30 +31,23 @@ def texts(count: int = 6) -> list[tuple[list[int], int]]:
     return [(RNG.integers(3, 128, 40).tolist(), 12) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("export") / "tiny"
-    export_model(LengthValueModel.from_pretrained(tiny_checkpoint), out)
-    return out
-
-
-def test_a_folder_that_stands_alone(exported: Path, tiny_checkpoint: Path) -> None:
-    config, source = LenVMConfig.load(exported), LenVMConfig.load(tiny_checkpoint)
-    config.verify_files(exported)
+def test_a_folder_that_stands_alone(tiny_export: Path, tiny_checkpoint: Path) -> None:
+    config, source = LenVMConfig.load(tiny_export), LenVMConfig.load(tiny_checkpoint)
+    config.verify_files(tiny_export)
     assert replace(config, files={}, lora_scale=source.lora_scale) == replace(source, files={})
     assert set(config.files) == {GRAPH_FILE, DATA_FILE}
-    info = ExportInfo.load(exported)
+    info = ExportInfo.load(tiny_export)
     assert (info.variant, info.context, info.vocab_size, info.eos_ids) == ("fp32", 512, 128, (2,))
     assert info.checkpoint_files == source.files
     assert info.parity["value_max"] < LIMITS["fp32"][1]
-    assert OnnxModel(exported).tokenizer.encode("ab") == LengthValueModel.from_pretrained(
+    assert OnnxModel(tiny_export).tokenizer.encode("ab") == LengthValueModel.from_pretrained(
         tiny_checkpoint
     ).tokenizer.encode("ab")
-    assert not [path for path in exported.parent.iterdir() if path != exported]  # no scratch is left
+    assert not [path for path in tiny_export.parent.iterdir() if path != tiny_export]  # no scratch is left
 
 
-def test_the_graph_has_dynamic_axes_and_past_and_present(exported: Path) -> None:
-    session = OnnxModel(exported).session
+def test_the_graph_has_dynamic_axes_and_past_and_present(tiny_export: Path) -> None:
+    session = OnnxModel(tiny_export).session
     inputs = {value.name: value.shape for value in session.get_inputs()}
     outputs = {value.name: value.shape for value in session.get_outputs()}
     assert inputs["mask"] == ["rows", "width", "keys"]
@@ -174,11 +167,11 @@ def test_what_is_refused(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pyt
         export_model(model, tmp_path / "out")
 
 
-def test_damaged_exports(exported: Path, tmp_path: Path) -> None:
+def test_damaged_exports(tiny_export: Path, tmp_path: Path) -> None:
     def copy(name: str) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        for path in exported.iterdir():
+        for path in tiny_export.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         return folder
 
@@ -202,24 +195,24 @@ def test_damaged_exports(exported: Path, tmp_path: Path) -> None:
         OnnxModel(tmp_path / "half")
 
 
-def test_backends_go_by_the_folder(exported: Path, tiny_checkpoint: Path) -> None:
-    assert backend_of(exported) == backend_of(exported, "onnx") == "onnx"
+def test_backends_go_by_the_folder(tiny_export: Path, tiny_checkpoint: Path) -> None:
+    assert backend_of(tiny_export) == backend_of(tiny_export, "onnx") == "onnx"
     assert backend_of(tiny_checkpoint) == backend_of(tiny_checkpoint, "torch") == "torch"
     with pytest.raises(ArtifactError, match="lenvm export"):
         backend_of(tiny_checkpoint, "onnx")
     with pytest.raises(ArtifactError, match="is an ONNX export"):
-        backend_of(exported, "torch")
+        backend_of(tiny_export, "torch")
     with pytest.raises(ArtifactError, match="is an ONNX export"):
-        LengthValueModel.from_pretrained(exported)
+        LengthValueModel.from_pretrained(tiny_export)
 
 
 def test_the_command_line(
-    tiny_checkpoint: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tiny_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(tiny_checkpoint), "--out", str(tmp_path / "cli"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parity"]["value_mean"] < 1e-5
     answers = []
-    for folder in (tiny_checkpoint, exported):
+    for folder in (tiny_checkpoint, tiny_export):
         assert main(["predict", "Hello", "--model", str(folder), "--json"]) == 0
         answers.append(json.loads(capsys.readouterr().out)["predictions"][0])
         assert main(["score", "Hello", "--completion", "Hi.", "--eos", "--model", str(folder), "--json"]) == 0

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from lenvm.errors import ArtifactError, ContextTooLongError, InvalidRequestError, PoolExhaustedError, StateClosedError
-from lenvm.export.run import export_model
-from lenvm.modeling import LengthValueModel
 from lenvm.scoring import OnnxModel, OnnxScorer, Scorer, ScoreRow, onnx_scorer
 
 RNG = np.random.default_rng(3)
@@ -22,15 +20,8 @@ def ids(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("export") / "tiny"
-    export_model(LengthValueModel.from_pretrained(tiny_checkpoint), out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def model(exported: Path) -> OnnxModel:
-    return OnnxModel(exported, threads=1)
+def model(tiny_export: Path) -> OnnxModel:
+    return OnnxModel(tiny_export, threads=1)
 
 
 @pytest.fixture
@@ -212,9 +203,9 @@ def test_bad_rows(scorer: OnnxScorer, model: OnnxModel) -> None:
         scorer.score([ScoreRow(state, [3])])
 
 
-def test_devices(exported: Path, tmp_path: Path) -> None:
+def test_devices(tiny_export: Path, tmp_path: Path) -> None:
     for device in ("tpu", "cpu:1", "cuda:x"):
         with pytest.raises(InvalidRequestError, match="unknown device"):
-            OnnxModel(exported, device=device)
+            OnnxModel(tiny_export, device=device)
     with pytest.raises(ArtifactError, match="is no LenVM checkpoint"):
         OnnxModel(tmp_path)
