@@ -39,7 +39,10 @@ def command(
         typer.Option(help="torch, or onnx for what lenvm export wrote; auto goes by the model.", show_default="auto"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of torch; an export has its own.", show_default="float32")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16, of torch; an export has its own.", show_default="float32"),
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="New tokens a batch.", show_default="4096, 16384 on a GPU")
     ] = None,
