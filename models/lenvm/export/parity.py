@@ -13,7 +13,7 @@ from lenvm.export.artifact import Variant
 from lenvm.returns import horizon_from_logit, value_from_logit
 from lenvm.scoring import Scorer, ScoreRow
 
-__all__ = ["LIMITS", "Parity", "check_parity", "compare"]
+__all__ = ["LIMITS", "Parity", "check_parity", "compare", "errors", "state_logits"]
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,25 @@ LIMITS: dict[Variant, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "fp16": (0.0
 
 def compare(reference: Scorer, other: Scorer, texts: Sequence[tuple[Sequence[int], int]]) -> Parity:
     """Over texts, ``(ids, prompt length)`` each: all states from the end of the prompt on, and decoding steps."""
-    logits = [np.concatenate([_logits(scorer, ids, start) for ids, start in texts]) for scorer in (reference, other)]
-    values = [value_from_logit(found) for found in logits]
-    lengths = [horizon_from_logit(found, reference.gamma) for found in logits]
-    value_errors, length_errors = np.abs(values[1] - values[0]), np.abs(lengths[1] / lengths[0] - 1)
+    return errors(state_logits(reference, texts), state_logits(other, texts), reference.gamma)
+
+
+def errors(reference: NDArray[np.float64], other: NDArray[np.float64], gamma: float) -> Parity:
+    """Errors of value logits ``[S]`` against those of a reference."""
+    value_errors = np.abs(value_from_logit(other) - value_from_logit(reference))
+    horizon_errors = np.abs(horizon_from_logit(other, gamma) / horizon_from_logit(reference, gamma) - 1)
     return Parity(
         states=len(value_errors),
         value_mean=float(value_errors.mean()),
         value_max=float(value_errors.max()),
-        horizon_mean=float(length_errors.mean()),
-        horizon_max=float(length_errors.max()),
+        horizon_mean=float(horizon_errors.mean()),
+        horizon_max=float(horizon_errors.max()),
     )
+
+
+def state_logits(scorer: Scorer, texts: Sequence[tuple[Sequence[int], int]]) -> NDArray[np.float64]:
+    """Value logits of all states that :func:`compare` looks at."""
+    return np.concatenate([_logits(scorer, ids, start) for ids, start in texts])
 
 
 def _logits(scorer: Scorer, ids: Sequence[int], start: int) -> NDArray[np.float64]:
