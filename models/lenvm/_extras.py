@@ -18,6 +18,7 @@ _EXTRA_OF = {
     "jinja2": "serve",
     "matplotlib": "train",
     "numpy": "serve",
+    "onnx": "export",
     "onnxruntime": "onnx",
     "prometheus_client": "serve",
     "pyarrow": "train",

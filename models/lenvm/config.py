@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lenvm._resources import zoo_dir
 from lenvm.backbones._files import file_sha256
 from lenvm.calibration import Calibration
 from lenvm.distribution import LengthBins
@@ -17,13 +18,17 @@ from lenvm.returns import check_gamma
 
 __all__ = [
     "ADAPTER_FILE",
+    "CONFIG_FILE",
+    "DEFAULT_MODEL",
     "FORMAT_VERSION",
+    "GRAPH_FILE",
     "HEAD_FILE",
     "WEIGHTS_FILE",
     "BackboneRef",
     "GeneratorRef",
     "HeadConfig",
     "LenVMConfig",
+    "find_checkpoint",
 ]
 
 FORMAT_VERSION = 1
@@ -31,6 +36,8 @@ CONFIG_FILE = "lenvm.json"
 HEAD_FILE = "head.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 WEIGHTS_FILE = "model.safetensors"  # the whole decoder, where all of it was trained
+GRAPH_FILE = "model.onnx"  # an export: the folder holds a graph with all weights, and none of the files above
+DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,24 @@ class LenVMConfig:
                 raise ArtifactError(f"{path} does not match its SHA-256 in {CONFIG_FILE}: fetch the checkpoint again")
 
 
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """A checkpoint folder: a path, or the name of one shipped in the zoo.
+
+    Raises:
+        ArtifactError: there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    shipped = zoo_dir() / str(name_or_path)
+    if shipped.is_dir():
+        return shipped
+    names = ", ".join(sorted(p.name for p in zoo_dir().iterdir() if p.is_dir())) or "none"
+    raise ArtifactError(
+        f"no checkpoint {str(name_or_path)!r}: it is neither a folder nor one of the shipped ones ({names})"
+    )
+
+
 def _checked(data: Mapping[str, Any], name: str, kind: type, *, low: float | None = None) -> Any:
     value: Any = data[name]
     wanted = (int, float) if kind is float else kind
@@ -173,6 +198,8 @@ def _checked_calibration(data: Any) -> dict[str, Any] | None:
 def _checked_files(files: Any, *, adapter: bool) -> dict[str, str]:
     """An artifact that names no weights would switch the check of its weights off."""
     needed = {HEAD_FILE, ADAPTER_FILE} if adapter else {HEAD_FILE}
+    if isinstance(files, dict) and GRAPH_FILE in files:
+        needed = {GRAPH_FILE}
     if not isinstance(files, dict) or not needed <= set(files):
         raise ValueError(f"files must name {', '.join(sorted(needed))}")
     for name, digest in files.items():

@@ -14,6 +14,7 @@ __all__ = [
     "InvalidRequestError",
     "LenVMError",
     "MissingExtraError",
+    "ParityError",
     "PoolExhaustedError",
     "PromptRefusedError",
     "StateClosedError",
@@ -52,6 +53,12 @@ class ArtifactError(LenVMError):
     """A checkpoint folder is missing a file, truncated, tampered with, or of another format version."""
 
     code = "artifact_invalid"
+
+
+class ParityError(ArtifactError):
+    """An exported graph does not give what the checkpoint gives."""
+
+    code = "parity_failed"
 
 
 class BackboneError(LenVMError):

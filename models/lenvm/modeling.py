@@ -11,17 +11,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lenvm._resources import zoo_dir
 from lenvm.backbones import backbone_sha256, load_tokenizer, resolve_backbone, tokenizer_sha256
 from lenvm.backbones._files import file_sha256
-from lenvm.config import ADAPTER_FILE, HEAD_FILE, WEIGHTS_FILE, BackboneRef, GeneratorRef, HeadConfig, LenVMConfig
+from lenvm.config import (
+    ADAPTER_FILE,
+    DEFAULT_MODEL,
+    GRAPH_FILE,
+    HEAD_FILE,
+    WEIGHTS_FILE,
+    BackboneRef,
+    GeneratorRef,
+    HeadConfig,
+    LenVMConfig,
+    find_checkpoint,
+)
 from lenvm.errors import ArtifactError
 from lenvm.lora import merge, save_adapter
 from lenvm.paged import use_paged_attention
 
 __all__ = ["DEFAULT_MODEL", "HeadOutput", "LengthValueModel", "ValueHead", "find_checkpoint"]
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 VALUE_EPS = 1e-6  # a head that gives V is clamped this far from -1 and 0, where its logit would be infinite
 
 
@@ -53,24 +62,6 @@ class ValueHead(nn.Module):
         if self.gives_value:
             logits = torch.logit(-logits, eps=VALUE_EPS)
         return HeadOutput(logits, torch.log_softmax(bins, dim=-1) if bins.shape[1] else None)
-
-
-def find_checkpoint(name_or_path: str | Path) -> Path:
-    """A checkpoint folder: a path, or the name of one shipped in the zoo.
-
-    Raises:
-        ArtifactError: there is neither.
-    """
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    shipped = zoo_dir() / str(name_or_path)
-    if shipped.is_dir():
-        return shipped
-    names = ", ".join(sorted(p.name for p in zoo_dir().iterdir() if p.is_dir())) or "none"
-    raise ArtifactError(
-        f"no checkpoint {str(name_or_path)!r}: it is neither a folder nor one of the shipped ones ({names})"
-    )
 
 
 class LengthValueModel(nn.Module):
@@ -156,6 +147,8 @@ class LengthValueModel(nn.Module):
         """
         folder = find_checkpoint(name_or_path)
         config = LenVMConfig.load(folder)
+        if GRAPH_FILE in config.files:
+            raise ArtifactError(f"{folder} is an ONNX export: serve it with --backend onnx, or pass its checkpoint")
         config.verify_files(folder)
         backbone_dir = resolve_backbone(str(backbone or config.backbone.name))
         for kind, found, expected in (

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from lenvm.config import DEFAULT_MODEL
 from lenvm.errors import InvalidRequestError, LenVMError
 from lenvm.guidance import Objective
-from lenvm.modeling import DEFAULT_MODEL
 from lenvm_client import CandidateInput, CandidateScores, InternalServerError, RowError
 from lenvm_client.errors import service_error
-from lenvm_service.engine import CandidateJob, EngineCore, EngineOptions, Prefix, Result
-from lenvm_service.engine.engine import load_core
+from lenvm_service.engine import CandidateJob, EngineCore, EngineOptions, Prefix, Result, load_core
 
 __all__ = ["LocalScorer"]
 
@@ -24,7 +23,7 @@ class LocalScorer:
     It answers as the service does, row errors and session handles included. Rows give ``token_ids`` or a ``session``.
 
     Args:
-        model: a checkpoint folder or the name of a shipped one.
+        model: a checkpoint folder or an ONNX export, or the name of a shipped one.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: precision of the backbone.
 
@@ -33,7 +32,7 @@ class LocalScorer:
     """
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, *, device: str = "cpu", dtype: str = "float32") -> None:
-        self.core: EngineCore = load_core(model, EngineOptions(device=device, dtype=dtype))[0]
+        self.core: EngineCore = load_core(model, EngineOptions(device=device, dtype=dtype)).core
 
     def score_candidates(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
         """Answers aligned with ``rows``; a bad row is a RowError.

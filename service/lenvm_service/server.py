@@ -206,8 +206,7 @@ def find_models(specs: list[str]) -> dict[str, Path]:
 
     Raises ArtifactError for a folder that is missing or is no checkpoint, and for two models of one name.
     """
-    from lenvm.config import LenVMConfig
-    from lenvm.modeling import find_checkpoint
+    from lenvm.config import LenVMConfig, find_checkpoint
 
     found: dict[str, Path] = {}
     for text in specs:
@@ -243,9 +242,11 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
 def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
     folders = find_models(settings.model)
     if load is None:
+        from lenvm.export import backend_of
         from lenvm_service.cli._session import check_device
 
-        check_device(settings.device)
+        if "torch" in [backend_of(folder, settings.backend) for folder in folders.values()]:
+            check_device(settings.device)
     from lenvm_service.api import create_app
     from lenvm_service.metrics import Metrics
 

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     # NoDecode: the variable is a list with commas, where pydantic-settings would expect JSON.
     model: Annotated[list[str], NoDecode] = Field(default=[DEFAULT_BACKBONE], min_length=1)
-    backend: Literal["torch"] = "torch"
+    backend: Literal["auto", "torch", "onnx"] = "auto"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_tokens: int | None = Field(default=None, ge=1)

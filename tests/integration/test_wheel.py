@@ -1,10 +1,11 @@
-"""The wheel, built from this tree and installed with the base install only into an empty environment.
+"""The wheel, built from this tree and installed into empty environments: the base install, and serving without torch.
 
 Needs a package index, or pip's own cache of one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_resources_are_found_in_an_installed_wheel(bin_dir: Path, tmp_path: Path
 def test_the_command_line_answers_without_any_extra(bin_dir: Path, tmp_path: Path) -> None:
     done = run(bin_dir / "lenvm", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for command in ("pull", "predict", "score", "generate", "rollout", "train", "eval", "demo"):
+    for command in ("pull", "predict", "score", "generate", "rollout", "train", "export", "eval", "demo"):
         assert command in done.stdout
 
 
@@ -92,3 +93,41 @@ def test_a_command_that_needs_an_extra_names_it_in_one_line(bin_dir: Path, tmp_p
     assert done.returncode != 0
     (line,) = (done.stdout + done.stderr).strip().splitlines()
     assert "pip install 'lenvm[serve]'" in line
+
+
+@pytest.fixture(scope="module")
+def export(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lenvm.config import GeneratorRef, HeadConfig
+    from lenvm.export.run import export_model
+    from lenvm.modeling import LengthValueModel
+
+    folder = tmp_path_factory.mktemp("export")
+    generator = GeneratorRef(str(tiny_backbone), 0.7, 1.0, 64)
+    model = LengthValueModel.create(
+        tiny_backbone, name="tiny", head=HeadConfig(8, None), gamma=0.99, generator=generator
+    )
+    model.save_pretrained(folder / "checkpoint")
+    export_model(LengthValueModel.from_pretrained(folder / "checkpoint"), folder / "onnx")
+    return folder / "onnx"
+
+
+def test_an_export_is_served_without_torch(wheel: Path, export: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    bin_dir = tmp_path / "env" / "bin"
+    pip = (sys.executable, "-m", "pip", "--python", bin_dir / "python", "install", "-q")
+    done = run(*pip, "-c", ROOT / "constraints.txt", f"lenvm[onnx] @ {wheel.as_uri()}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(bin_dir / "python", "-c", "import torch", cwd=tmp_path)
+    assert "No module named 'torch'" in done.stderr
+    done = run(bin_dir / "lenvm", "predict", "Hello", "--model", export, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["predictions"][0]["value"] < 0
+    command = [bin_dir / "lenvm", "serve", "--backend", "onnx", "--model", export, "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout is not None
+        assert serving.stdout.readline().startswith("lenvm is ready")
+        serving.terminate()
+        assert serving.wait(60) == 0
+    done = run(bin_dir / "lenvm", "serve", "--port", "0", cwd=tmp_path)  # the shipped checkpoint is for torch
+    assert done.returncode == 1
+    assert "pip install 'lenvm[serve]'" in done.stderr

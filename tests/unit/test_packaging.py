@@ -72,11 +72,24 @@ def test_require() -> None:
     )
 
 
+def brought_by(extra: str, project: dict[str, Any]) -> set[str]:
+    """Distributions of an extra, those of the extras that it names included."""
+    found = set()
+    for wanted in (Requirement(line) for line in project["optional-dependencies"][extra]):
+        found.add(canonicalize_name(wanted.name))
+        if wanted.name == project["name"]:
+            found.update(*(brought_by(other, project) for other in wanted.extras))
+    return found
+
+
+def test_serving_an_export_takes_no_torch(project: dict[str, Any]) -> None:
+    assert "onnxruntime-gpu" in brought_by("onnx", project)
+    assert not {"torch", "onnx"} & brought_by("onnx", project)
+    assert not {"onnxruntime-gpu", "onnx"} & brought_by("serve", project)
+
+
 def test_every_optional_module_is_brought_by_its_extra(project: dict[str, Any]) -> None:
-    extras = {
-        extra: {canonicalize_name(Requirement(line).name) for line in lines}
-        for extra, lines in project["optional-dependencies"].items()
-    }
+    extras = {extra: brought_by(extra, project) for extra in project["optional-dependencies"]}
     other_names = {"onnxruntime": "onnxruntime-gpu"}
     for module, extra in _extras._EXTRA_OF.items():
         assert canonicalize_name(other_names.get(module, module)) in extras[extra], module

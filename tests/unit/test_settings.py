@@ -41,7 +41,7 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         ("port", "70000"),
         ("port", "x"),
         ("model", ","),
-        ("backend", "onnx"),
+        ("backend", "jax"),
         ("dtype", "int8"),
         ("batch_wait_ms", "nan"),
         ("batch_tokens", "0"),

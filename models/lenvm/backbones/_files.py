@@ -102,8 +102,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def check_backbone(folder: Path) -> None:
+def check_backbone(folder: Path, *, weights: bool = True) -> None:
     """Cheap check, for every load: files exist, weights are whole, small files match the manifest if there is one.
+
+    Without ``weights``, as in an ONNX export, a folder may have none.
 
     Raises BackboneError with what to do. A change inside a weight file that keeps its size needs ``verify_backbone``.
     """
@@ -116,7 +118,7 @@ def check_backbone(folder: Path) -> None:
             raise BackboneError(f"{folder} has no {name}: save model and fast tokenizer there with save_pretrained")
     if not isinstance(_read_json(folder / "config.json").get("model_type"), str):
         raise BackboneError(f"{folder}/config.json names no model_type: save the model again with save_pretrained")
-    for path in _weight_files(folder):
+    for path in _weight_files(folder) if weights else ():
         _check_safetensors(path)
     _check_manifest(folder, full=False)
 

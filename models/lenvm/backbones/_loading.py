@@ -21,9 +21,12 @@ __all__ = ["encode_chat", "load_backbone", "load_eos_ids", "load_tokenizer"]
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a backbone folder. Raises BackboneError, or MissingExtraError without transformers."""
-    check_backbone(folder)
+def load_tokenizer(folder: Path, *, weights: bool = True) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a backbone folder, which without ``weights`` need not hold any (an ONNX export).
+
+    Raises BackboneError, or MissingExtraError without transformers.
+    """
+    check_backbone(folder, weights=weights)
     require("serve", "transformers", "tokenizers")
     from transformers import AutoTokenizer
 

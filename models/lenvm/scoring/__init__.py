@@ -1,8 +1,44 @@
-"""Scoring: values of prefixes and of candidate next tokens, with cached prefix states."""
+"""Scoring: values of prefixes and of candidate next tokens, with cached prefix states.
+
+The engines are imported at their first use: each needs a runtime that an installation may lack.
+"""
 
 from __future__ import annotations
 
-from lenvm.scoring.protocol import PrefixState, RowScore, Scorer, ScoreRow, ScorerStats
-from lenvm.scoring.torch_scorer import TorchScorer
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats", "TorchScorer"]
+from lenvm.scoring.protocol import PoolCounts, PrefixState, RowScore, Scorer, ScoreRow, ScorerStats
+
+if TYPE_CHECKING:
+    from lenvm.scoring.onnx_model import OnnxModel
+    from lenvm.scoring.onnx_scorer import OnnxScorer
+    from lenvm.scoring.torch_scorer import TorchScorer
+
+__all__ = [
+    "OnnxModel",
+    "OnnxScorer",
+    "PoolCounts",
+    "PrefixState",
+    "RowScore",
+    "ScoreRow",
+    "Scorer",
+    "ScorerStats",
+    "TorchScorer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Written out, so that type checkers and readers see the homes.
+    if name == "TorchScorer":
+        from lenvm.scoring.torch_scorer import TorchScorer
+
+        return TorchScorer
+    if name == "OnnxModel":
+        from lenvm.scoring.onnx_model import OnnxModel
+
+        return OnnxModel
+    if name == "OnnxScorer":
+        from lenvm.scoring.onnx_scorer import OnnxScorer
+
+        return OnnxScorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lenvm.distribution import LengthBins
 
-__all__ = ["PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats"]
+__all__ = ["PoolCounts", "PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats"]
 
 
 @runtime_checkable
@@ -68,10 +68,29 @@ class ScorerStats:
     promoted: int = 0
 
 
+class PoolCounts(Protocol):
+    """How full an engine's pool of prefix states is, in blocks of ``block_size`` tokens."""
+
+    block_size: int
+    max_blocks: int
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can still be handed out."""
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that at least one state holds."""
+
+
 class Scorer(Protocol):
     """An engine for one model. Not thread-safe: one thread owns it."""
 
     stats: ScorerStats
+
+    @property
+    def pool(self) -> PoolCounts:
+        """Where the states live."""
 
     @property
     def gamma(self) -> float:
@@ -91,3 +110,12 @@ class Scorer(Protocol):
 
     def score(self, rows: Sequence[ScoreRow]) -> list[RowScore]:
         """Answer all rows, aligned, in one forward where they fit the token budget."""
+
+    def token_values(self, prompt: Sequence[int], completion: Sequence[int]) -> RowScore:
+        """Values s_0 .. s_T of a completion of T content tokens."""
+
+    def blocks_needed(self, row: ScoreRow) -> int:
+        """Most blocks that a row takes out of the pool."""
+
+    def check(self, row: ScoreRow) -> None:
+        """Raise what ``score`` would raise for this row (a full pool apart), and compute nothing."""

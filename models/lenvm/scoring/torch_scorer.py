@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from lenvm.distribution import LengthBins
-from lenvm.errors import ContextTooLongError, InvalidRequestError, StateClosedError
+from lenvm.errors import InvalidRequestError, StateClosedError
 from lenvm.fused import can_fuse
 from lenvm.modeling import HeadOutput, LengthValueModel
 from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward
 from lenvm.paged.attention import Plan
+from lenvm.scoring._rows import check_row
 from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats
 
 if TYPE_CHECKING:
@@ -237,22 +238,15 @@ class TorchScorer:
         A caller with many rows checks them one by one first, so that one bad row does not fail its neighbours.
         """
         state = row.state
-        if state is None and not len(row.append):
-            raise InvalidRequestError("the prompt is empty: give at least one token", param="token_ids")
         if state is not None and (not isinstance(state, TorchState) or state.pool is not self.pool):
             raise InvalidRequestError("the state belongs to another scorer", param="session")
         if isinstance(state, TorchState) and state.closed:
             raise StateClosedError("the prefix state was closed: open the prefix again")
-        for name, ids in (("token_ids", row.append), ("candidates", row.candidates)):
-            if len(ids) and (min(ids) < 0 or max(ids) >= self.vocab_size):
-                raise InvalidRequestError(f"{name} must be in [0, {self.vocab_size})", param=name)
-        if row.values_from is not None and not 0 <= row.values_from < len(row.append):
-            raise InvalidRequestError("values_from must index the appended tokens", param="values_from")
-        total = (state.length if state else 0) + len(row.append) + (1 if len(row.candidates) else 0)
-        if total > self.context:
-            raise ContextTooLongError(
-                f"the prefix has {total} tokens; the model's context is {self.context}: shorten it", param="token_ids"
-            )
+        check_row(row, context=self.context, vocab_size=self.vocab_size)
+
+    def blocks_needed(self, row: ScoreRow) -> int:
+        """Most blocks that a row takes out of the pool: those of its tokens, and one for a copy-on-write."""
+        return self.pool.blocks_for(len(row.append)) + 1
 
     def _compact(self) -> None:
         # Here and not when a state goes: in a decoding loop all users of the last call go, and nothing is copied.

@@ -21,6 +21,7 @@ from lenvm_service.cli import (
     calibrate,
     demo,
     evaluate,
+    export,
     generate,
     importing,
     predict,
@@ -48,6 +49,7 @@ app.command("generate")(generate.command)
 app.add_typer(rollout.app, name="rollout")
 app.command("train")(train.command)
 app.command("calibrate")(calibrate.command)
+app.command("export")(export.command)
 app.command("import")(importing.command)
 app.add_typer(evaluate.app, name="eval")
 app.command("serve")(serve.command)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lenvm.errors import ContextTooLongError, InvalidRequestError
 from lenvm_client import Client, RowError
 from lenvm_service.answers import prediction_fields, token_score_fields
-from lenvm_service.cli._session import encode_completion, encode_prompt, load_scorer, need
+from lenvm_service.cli._session import encode_completion, encode_prompt, load_value_model
 
 if TYPE_CHECKING:
     from lenvm.decoding import Guide
     from lenvm.guidance import Objective
     from lenvm.modeling import LengthValueModel
-    from lenvm.scoring import TorchScorer
+    from lenvm.scoring import OnnxModel, Scorer
 
 __all__ = ["Backend", "LocalBackend", "ModelFacts", "RemoteBackend", "open_backend"]
 
@@ -38,7 +38,7 @@ class ModelFacts:
     tokenizer_sha256: str
 
     @classmethod
-    def of(cls, model: LengthValueModel) -> ModelFacts:
+    def of(cls, model: LengthValueModel | OnnxModel) -> ModelFacts:
         """Those of a model in this process."""
         config = model.config
         bins = config.head.bins
@@ -86,7 +86,6 @@ def open_backend(url: str | None, model: str, *, device: str) -> Backend:
     """The service's model where a URL is given, else one loaded here."""
     if url is not None:
         return RemoteBackend(url)
-    need("serve")
     return LocalBackend(model, device=device)
 
 
@@ -94,10 +93,10 @@ class LocalBackend:
     """A checkpoint in this process."""
 
     def __init__(self, model: str, *, device: str = "cpu") -> None:
-        from lenvm.calibration import Calibration
-
-        self.model, self.scorer = load_scorer(model, device=device)
+        self.model, self.scorer = load_value_model(model, device=device)
         self.facts = ModelFacts.of(self.model)
+        from lenvm.calibration import Calibration  # after the check that its extra is there
+
         self.calibration = Calibration.from_dict(self.model.config.calibration)
 
     def encode(self, text: str, *, token_ids: bool = False) -> list[int]:
@@ -175,7 +174,7 @@ class LocalBackend:
 
 
 def score_ids(
-    model: LengthValueModel, scorer: TorchScorer, prompt_ids: list[int], completion_ids: list[int], *, eos: bool
+    model: LengthValueModel | OnnxModel, scorer: Scorer, prompt_ids: list[int], completion_ids: list[int], *, eos: bool
 ) -> dict[str, Any]:
     """Token scores of content tokens; with ``eos`` the answer ends after them."""
     from lenvm.backbones import load_eos_ids

@@ -12,22 +12,48 @@ from lenvm_service.cli._output import ProgressReporter
 
 if TYPE_CHECKING:
     from lenvm.decoding import Candidates, Generation, Guide, Request, SamplingParams
+    from lenvm.export.artifact import Backend
     from lenvm.modeling import LengthValueModel
     from lenvm.rollouts.sampling import LocalGenerator
-    from lenvm.scoring import TorchScorer
+    from lenvm.scoring import OnnxModel, Scorer, TorchScorer
     from lenvm_service.cli._backend import ModelFacts
 
-__all__ = ["check_device", "encode_completion", "encode_prompt", "load_generator", "load_scorer", "need", "sample"]
+__all__ = [
+    "check_device",
+    "encode_completion",
+    "encode_prompt",
+    "load_generator",
+    "load_scorer",
+    "load_value_model",
+    "need",
+    "need_model",
+    "sample",
+]
 
 _NEEDED = {
+    "onnx": ("onnxruntime", "transformers", "tokenizers", "numpy"),
     "serve": ("torch", "transformers", "tokenizers", "safetensors", "numpy"),
     "train": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow"),
 }
 
 
 def need(extra: str) -> None:
-    """Raise MissingExtraError where the modules of ``extra`` ("serve" or "train") are not installed."""
+    """Raise MissingExtraError where the modules of ``extra`` ("serve", "train" or "onnx") are not installed."""
     require(extra, *_NEEDED[extra])
+
+
+def need_model(model: str, backend: str = "auto") -> Backend:
+    """What runs a checkpoint or an export; raises MissingExtraError where that is not installed.
+
+    Raises ArtifactError where there is no such model, or one for another backend.
+    """
+    require("serve", "numpy")
+    from lenvm.config import find_checkpoint
+    from lenvm.export import backend_of
+
+    found = backend_of(find_checkpoint(model), backend)
+    need("onnx" if found == "onnx" else "serve")
+    return found
 
 
 def check_device(device: str) -> str:
@@ -56,6 +82,16 @@ def load_scorer(model: str, *, device: str = "cpu", dtype: str = "float32") -> t
     logging.set_verbosity_error()  # its warnings (a long prompt) would stand beside our one line
     loaded = LengthValueModel.from_pretrained(model, device=check_device(device), dtype=getattr(torch, dtype))
     return loaded, TorchScorer(loaded)
+
+
+def load_value_model(model: str, *, device: str = "cpu") -> tuple[LengthValueModel | OnnxModel, Scorer]:
+    """A checkpoint or an export, and its scorer."""
+    if need_model(model) == "torch":
+        return load_scorer(model, device=device)
+    from lenvm.scoring import OnnxModel, OnnxScorer
+
+    exported = OnnxModel(model, device=device)
+    return exported, OnnxScorer(exported)
 
 
 def load_generator(

@@ -16,7 +16,7 @@ import typer
 from lenvm._extras import require
 from lenvm.errors import InvalidRequestError
 from lenvm_service.cli._options import DEFAULT_MODEL
-from lenvm_service.cli._session import need
+from lenvm_service.cli._session import need_model
 
 __all__ = ["command"]
 
@@ -34,9 +34,15 @@ def command(
             show_default=DEFAULT_MODEL,
         ),
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="torch.", show_default="torch")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="torch, or onnx for what lenvm export wrote; auto goes by the model.", show_default="auto"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16, of torch; an export has its own.", show_default="float32"),
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="New tokens a batch.", show_default="4096, 16384 on a GPU")
     ] = None,
@@ -88,10 +94,9 @@ def command(
     answered, then the process ends with status 0. A second one ends it at once.
     """
     with _ending_quietly():
-        require("serve", "fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
-        need("serve")
+        require("serve", "fastapi", "numpy", "prometheus_client", "pydantic_settings", "uvicorn")
         from lenvm_service.server import serve
-        from lenvm_service.settings import load_settings
+        from lenvm_service.settings import load_settings, model_spec
 
         # An option that may be repeated is an empty list where it was not given.
         flags: dict[str, Any] = {name: value for name, value in context.params.items() if value not in (None, [], ())}
@@ -99,6 +104,8 @@ def command(
             settings = load_settings(**flags)
         except InvalidRequestError as error:
             raise typer.BadParameter(str(error)) from None
+        for text in settings.model:
+            need_model(model_spec(text).source, settings.backend)
         status = serve(settings)
         _leave_busy_engines(status)
     raise typer.Exit(status)

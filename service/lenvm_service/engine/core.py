@@ -16,7 +16,7 @@ from lenvm.config import LenVMConfig
 from lenvm.errors import InvalidRequestError, LenVMError, PoolExhaustedError
 from lenvm.guidance import Objective, check_objective, log_weights, resolve_scale
 from lenvm.returns import horizon_from_logit, value_from_logit
-from lenvm.scoring import RowScore, ScoreRow, TorchScorer
+from lenvm.scoring import RowScore, Scorer, ScoreRow
 from lenvm_service.answers import prediction_fields, token_score_fields
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Result, TokenScoreJob
 from lenvm_service.engine.sessions import Chain, SessionStore
@@ -72,7 +72,7 @@ class EngineCore:
         self,
         config: LenVMConfig,
         tokenizer: Any,
-        scorer: TorchScorer,
+        scorer: Scorer,
         *,
         eos_ids: Sequence[int],
         secret: bytes,
@@ -229,8 +229,7 @@ class EngineCore:
         while groups:
             group = groups.pop()
             halves = [group[len(group) // 2 :], group[: len(group) // 2]]
-            # Each row may need one block more than its tokens fill, for copy-on-write.
-            needed = sum(pool.blocks_for(len(works[at].row.append)) + 1 for at in group)
+            needed = sum(self.scorer.blocks_needed(works[at].row) for at in group)
             if needed >= pool.max_blocks and len(group) > 1:
                 groups += halves
                 continue

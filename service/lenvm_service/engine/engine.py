@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -13,18 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lenvm.backbones import load_eos_ids
 from lenvm.config import LenVMConfig
 from lenvm.errors import InvalidRequestError
 from lenvm.guidance import Objective
-from lenvm.modeling import LengthValueModel
-from lenvm.paged import PoolShape
-from lenvm.scoring import TorchScorer
 from lenvm_service.engine.batching import Batcher, BatcherOptions, Cost
 from lenvm_service.engine.core import EngineCore
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Reply, Result, TokenScoreJob
+from lenvm_service.engine.loading import EngineOptions, Loaded, load_core
 from lenvm_service.errors import PrefixUnknownError
 from lenvm_service.metrics import EngineMetrics
 
@@ -32,35 +25,14 @@ if TYPE_CHECKING:
     from lenvm_service.metrics import Metrics
     from lenvm_service.settings import Settings
 
-__all__ = ["Engine", "EngineOptions", "default_cache_tokens", "load_core"]
+__all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
 _KINDS: dict[type, str] = {PredictJob: "predict", TokenScoreJob: "tokens", CandidateJob: "candidates"}
 _PREDICTIONS_KEPT = 65_536
-_BLOCK = 32  # tokens
 # transformers builds a model under settings of the whole process (meta device, default dtype): one at a time.
 _LOADING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Where and how large.
-
-    ``batch_tokens``: new tokens a batch (None: 4,096 on the CPU, 16,384 on a GPU). ``cache_tokens``: tokens of prefix
-    states held (None: what a quarter of the memory holds, shared by ``models`` models). ``secret``: key of the session
-    handles, 16 to 64 bytes (None: a fresh one).
-    """
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    batch_tokens: int | None = None
-    batch_wait_s: float = 0.002
-    max_queue_tokens: int = 262_144
-    cache_tokens: int | None = None
-    models: int = 1
-    stall_s: float = 60.0
-    secret: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -68,50 +40,6 @@ class _Predicted:
     generated: int
     horizon: float
     quantiles: dict[str, int]
-
-
-def default_cache_tokens(model: LengthValueModel, *, models: int = 1) -> int:
-    """Tokens of keys and values for one of ``models`` models: what a quarter of the free memory holds, shared by all.
-
-    On the CPU at most 256k; at least two contexts."""
-    token_bytes = PoolShape.of(model.decoder.config).token_bytes(model.dtype)
-    if model.device.type == "cuda":
-        tokens = torch.cuda.mem_get_info(model.device)[0] // 4 // models // token_bytes
-    else:
-        tokens = min(1 << 18, _free_memory() // 4 // models // token_bytes)
-    return max(2 * model.context, tokens)
-
-
-def _free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group where there is one."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, max(0, limit - used))
-    return free
-
-
-def load_core(source: str | Path, options: EngineOptions) -> tuple[EngineCore, LengthValueModel]:
-    """A checkpoint, loaded for serving.
-
-    Raises ArtifactError, BackboneError, or InvalidRequestError for a cache that does not hold one full context.
-    """
-    model = LengthValueModel.from_pretrained(source, device=options.device, dtype=getattr(torch, options.dtype))
-    tokens = options.cache_tokens or default_cache_tokens(model, models=options.models)
-    least = model.context + 2 * _BLOCK
-    if tokens < least:
-        raise InvalidRequestError(
-            f"--cache-tokens {tokens} is too small: one full context of this model takes {least}", param="cache_tokens"
-        )
-    scorer = TorchScorer(model, pool_tokens=tokens, block_size=_BLOCK)
-    secret = options.secret or os.urandom(32)
-    return EngineCore(
-        model.config, model.tokenizer, scorer, eos_ids=load_eos_ids(model.backbone_dir), secret=secret
-    ), model
 
 
 class Engine:
@@ -129,8 +57,7 @@ class Engine:
         self.source = source
         self.options = options
         self._metrics = metrics
-        self._core: EngineCore | None = None
-        self._model: LengthValueModel | None = None
+        self._loaded: Loaded | None = None
         self._predicted: OrderedDict[str, _Predicted] = OrderedDict()
         self._lock = threading.Lock()
         self.loaded_at = 0.0
@@ -155,6 +82,7 @@ class Engine:
         """An engine that is not started yet, from the service's settings."""
         secret = settings.secret.get_secret_value().encode() if settings.secret else None
         options = EngineOptions(
+            backend=settings.backend,
             device=settings.device,
             dtype=settings.dtype,
             batch_tokens=settings.batch_tokens,
@@ -200,8 +128,8 @@ class Engine:
     @property
     def core(self) -> EngineCore:
         """What the thread works with; only valid once loaded."""
-        assert self._core is not None
-        return self._core
+        assert self._loaded is not None
+        return self._loaded.core
 
     @property
     def config(self) -> LenVMConfig:
@@ -236,9 +164,9 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """The model's entry of ``/info``; what is only known after loading is left out before."""
         found: dict[str, Any] = {"name": self.name, "state": self.state, "device": self.options.device}
-        found["dtype"] = self.options.dtype
-        if self._core is None:
-            return found
+        if self._loaded is None:
+            return {**found, "dtype": self.options.dtype}
+        found["dtype"] = self._loaded.dtype
         config, bins = self.config, self.core.scorer.bins
         generator = config.generator
         return {
@@ -319,10 +247,7 @@ class Engine:
     def _load(self) -> None:
         since = time.monotonic()
         with _LOADING:
-            self._core, self._model = load_core(self.source, self.options)
-        # A long prompt is work, not a stall: on a CPU it takes minutes, in which only the layers show life.
-        for layer in getattr(self._model.decoder, "layers", ()):
-            layer.register_forward_hook(lambda *_: self.batcher.beat())
+            self._loaded = load_core(self.source, self.options, on_progress=lambda: self.batcher.beat())
         self._canary()
         self.loaded_at = time.time()
         logger.info("model %s is ready after %.1f s", self.name, time.monotonic() - since)
@@ -351,12 +276,9 @@ class Engine:
     def _check(self, attempt: int) -> None:
         """Is the engine sound? Sessions survive a failure if so; a second try starts with an empty pool."""
         if attempt:
-            assert self._model is not None
-            core = self.core
-            core.sessions.clear()
-            core.scorer = TorchScorer(
-                self._model, pool_tokens=core.scorer.pool.max_blocks * core.scorer.pool.block_size
-            )
+            assert self._loaded is not None
+            self.core.sessions.clear()
+            self.core.scorer = self._loaded.new_scorer()
         self._canary()
 
     def _canary(self) -> None:
