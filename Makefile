@@ -15,7 +15,7 @@ PORT ?= 8000
 MODEL ?= $(BACKBONE)
 PIDFILE := runs/serve.pid
 # `make bench BENCH=benchmarks/NAME.py` runs one; ARGS goes to it.
-BENCH ?= $(wildcard benchmarks/*.py)
+BENCH ?= $(filter-out benchmarks/_%, $(wildcard benchmarks/*.py))
 
 help:
 	@echo "make demo     set up, fetch the backbone, and show what the value model does (about ten minutes)"

@@ -1,102 +1,125 @@
-"""What a guided decoding step costs: candidates promoted (ours), two phases, and no cache at all, in one run.
+"""What a guided decoding step costs: candidates promoted (ours), in two phases, without graphs and without a cache.
 
-    python benchmarks/step.py --rows 8 --candidates 16 --prefix 256
+    python benchmarks/step.py --models 135m,1.5b --device cuda --dtype bfloat16 --report reports/engine.json
 
-Ratios are to the promoted step; medians over ``--repeats`` steps with their quartiles.
+A step is one call of the scorer as the service makes it: promotion, copy-on-write, the forward, numbers on the host.
+``floor_ratio`` is its time over the least that this device can take (``_engine.Ceilings``). *Two phases*: the chosen
+token goes through the model by itself before the candidates do, with the same kernels and graphs. *Eager*: kernels
+launched one by one. ``by_prefix``: the step over longer prefixes. Medians and quartiles over ``--repeats`` steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from _engine import MODELS, Ceilings, load, merge, spread, timed
 
 from lenvm.modeling import LengthValueModel
-from lenvm.reports import device_name, write_report
-from lenvm.scoring import ScoreRow, TorchScorer
+from lenvm.scoring import RowScore, ScoreRow, TorchScorer
 
 
-def timed(step: Callable[[], Any], repeats: int, synchronize: Callable[[], None]) -> list[float]:
-    """Milliseconds of each of ``repeats`` calls, after two that are thrown away."""
-    times = []
-    for _ in range(repeats + 2):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times[2:]
+class Steps:
+    """Decoding steps of some rows, one after another."""
+
+    def __init__(self, scorer: TorchScorer, rows: int, candidates: int, prefix: int) -> None:
+        self.scorer, self.candidates = scorer, candidates
+        self.rng = np.random.default_rng(0)
+        self.prefixes = [self.rng.integers(3, scorer.vocab_size, prefix).tolist() for _ in range(rows)]
+        self.answers: list[RowScore] = []
+
+    def shortlist(self) -> list[int]:
+        """Distinct tokens."""
+        start = int(self.rng.integers(3, self.scorer.vocab_size - self.candidates))
+        return list(range(start, start + self.candidates))
+
+    def restart(self) -> None:
+        """Every prefix anew, and a first shortlist for each."""
+        self.answers = self.scorer.score([ScoreRow(append=p, candidates=self.shortlist()) for p in self.prefixes])
+        self.promoted()
+
+    def promoted(self) -> None:
+        """The chosen token was a candidate: one forward."""
+        rows = [ScoreRow(x.state, [x.state.scored.ids[0]], self.shortlist()) for x in self.answers]  # type: ignore[attr-defined]
+        self.answers = self.scorer.score(rows)
+
+    def two_phases(self) -> None:
+        """The chosen token first, alone, then the candidates."""
+        token = self.shortlist()[0]
+        extended = self.scorer.score([ScoreRow(x.state, (), [token]) for x in self.answers])
+        self.answers = self.scorer.score([ScoreRow(x.state, [token], self.shortlist()) for x in extended])
+
+    def uncached(self) -> None:
+        """The whole prefix each time."""
+        for answer in self.scorer.score([ScoreRow(append=p, candidates=self.shortlist()) for p in self.prefixes]):
+            answer.state.close()
+
+
+def measure(model: LengthValueModel, ceilings: Ceilings, options: argparse.Namespace) -> dict[str, Any]:
+    """All ways of one model."""
+    device, rows, width = options.device, options.rows, options.candidates
+    longest = max([options.prefix, *options.prefixes])
+    needed = rows * (longest + 4 * options.repeats + 256) + 4096
+    scorer = TorchScorer(model, pool_tokens=needed)
+    steps = Steps(scorer, rows, width, options.prefix)
+    steps.restart()
+    found: dict[str, Any] = spread(timed(steps.promoted, options.repeats, device))
+    found["floor_ms"] = ceilings.floor_ms(model, rows=rows, tokens=rows * width, prefix=options.prefix)
+    found["floor_ratio"] = found["ms"] / found["floor_ms"]
+    found["graphs"] = scorer._steps is not None
+    steps.restart()
+    found["two_phases"] = spread(timed(steps.two_phases, options.repeats, device))
+    found["two_phase_ratio"] = found["ms"] / found["two_phases"]["ms"]
+    graphs, scorer._steps = scorer._steps, None
+    if graphs is not None:
+        steps.restart()
+        found["eager"] = spread(timed(steps.promoted, options.repeats, device))
+    steps.restart()
+    found["uncached"] = spread(timed(steps.uncached, max(3, options.repeats // 8), device))
+    scorer._steps = graphs
+    found["by_prefix"] = {}
+    for prefix in options.prefixes:
+        steps = Steps(scorer, rows, width, prefix)
+        steps.restart()
+        row: dict[str, Any] = spread(timed(steps.promoted, options.repeats, device))
+        row["floor_ms"] = ceilings.floor_ms(model, rows=rows, tokens=rows * width, prefix=prefix)
+        found["by_prefix"][str(prefix)] = row
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--models", default="135m", help=f"some of {', '.join(MODELS)}, commas between them")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--prefix", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--prefix", type=int, default=512)
+    parser.add_argument("--prefixes", default="", help="more prefixes to measure, commas between them")
+    parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
-
-    import torch
-
-    model = LengthValueModel.from_pretrained(options.model, device=options.device, dtype=getattr(torch, options.dtype))
-    scorer = TorchScorer(model)
-    rng = np.random.default_rng(0)
-    prefixes = [rng.integers(3, scorer.vocab_size, options.prefix).tolist() for _ in range(options.rows)]
-
-    def shortlist() -> list[int]:
-        ids: list[int] = rng.choice(scorer.vocab_size, options.candidates, replace=False).tolist()
-        return ids
-
-    def synchronize() -> None:
-        if options.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    state: dict[str, Any] = {}
-
-    def restart() -> None:
-        rows = [ScoreRow(append=prefix, candidates=shortlist()) for prefix in prefixes]
-        state["answers"] = scorer.score(rows)
-        state["chosen"] = [row.candidates[0] for row in rows]
-
-    def promoted() -> None:
-        rows = [
-            ScoreRow(answer.state, [token], shortlist())
-            for answer, token in zip(state["answers"], state["chosen"], strict=True)
-        ]
-        state["answers"] = scorer.score(rows)
-        state["chosen"] = [row.candidates[0] for row in rows]
-
-    def two_phase() -> None:
-        # A token outside the shortlist cannot be promoted: one forward extends, another scores.
-        extended = scorer.score([ScoreRow(answer.state, [1]) for answer in state["answers"]])
-        state["answers"] = scorer.score([ScoreRow(answer.state, candidates=shortlist()) for answer in extended])
-
-    def uncached() -> None:
-        for answer in scorer.score([ScoreRow(append=prefix, candidates=shortlist()) for prefix in prefixes]):
-            answer.state.close()
-
-    metrics: dict[str, Any] = {"rows": options.rows, "candidates": options.candidates, "prefix": options.prefix}
-    for name, step in (("promoted", promoted), ("two_phase", two_phase), ("uncached", uncached)):
-        restart()
-        times = timed(step, options.repeats, synchronize)
-        quartiles = statistics.quantiles(times, n=4)
-        metrics[name] = {"ms": statistics.median(times), "ms_quartiles": [quartiles[0], quartiles[2]]}
-        metrics[name]["ratio"] = metrics[name]["ms"] / metrics["promoted"]["ms"]
-        print(f"{name:10} {metrics[name]['ms']:9.1f} ms  {metrics[name]['ratio']:6.2f} x the promoted step")
-    if options.report:
-        command = shlex.join(["python", *sys.argv])
-        write_report(options.report, command=command, metrics=metrics, device=device_name(options.device))
+    options.prefixes = [int(part) for part in options.prefixes.split(",") if part]
+    dtype = getattr(torch, options.dtype)
+    ceilings = Ceilings.measure(options.device, dtype)
+    print(f"copy {ceilings.bandwidth / 1e9:.0f} GB/s, product {ceilings.flops / 1e12:.1f} TFLOP/s", flush=True)
+    found: dict[str, Any] = {"bandwidth_bytes_per_s": ceilings.bandwidth, "product_flops": ceilings.flops}
+    for name in options.models.split(","):
+        model = load(name, options.device, dtype)
+        with torch.inference_mode():
+            row = found[name] = measure(model, ceilings, options)
+        row |= {"rows": options.rows, "candidates": options.candidates, "prefix": options.prefix}
+        ways = {"step": row, **{way: row[way] for way in ("two_phases", "eager", "uncached") if way in row}}
+        for way, times in ways.items():
+            print(f"{name:5} {way:10} {times['ms']:9.2f} ms  {times['ms'] / row['floor_ms']:7.1f} x the floor")
+        for prefix, times in row["by_prefix"].items():
+            ratio = times["ms"] / times["floor_ms"]
+            print(f"{name:5} prefix {prefix:>5} {times['ms']:7.2f} ms  {ratio:7.1f} x the floor", flush=True)
+        del model
+    merge(options.report, {"step": found}, options.device)
 
 
 if __name__ == "__main__":
