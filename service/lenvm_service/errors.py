@@ -14,6 +14,7 @@ __all__ = [
     "PayloadTooLargeError",
     "PrefixUnknownError",
     "ServiceError",
+    "UnauthorizedError",
 ]
 
 
@@ -59,6 +60,12 @@ class DeadlineExceededError(ServiceError):
     """The request's deadline passed before its work was done."""
 
     code = "deadline_exceeded"
+
+
+class UnauthorizedError(ServiceError):
+    """No API key, or one that is not known."""
+
+    code = "unauthorized"
 
 
 class InternalError(ServiceError):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineMetrics", "Metrics"]
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_LOOKUP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 _ERRORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
@@ -60,7 +61,8 @@ class Metrics:
         self.forwards = Counter("lenvm_forwards", "Forwards of the backbone.", ("model",), registry=registry)
         self.tokens = Counter(
             "lenvm_tokens",
-            "Tokens by where their states came from: computed, cached (part of a held prefix) or promoted.",
+            "Tokens by where their states came from: computed, cached (part of a held prefix), shared (from Redis) or "
+            "promoted.",
             ("model", "source"),
             registry=registry,
         )
@@ -90,8 +92,52 @@ class Metrics:
         self.failures = Counter(
             "lenvm_engine_failures", "Batches that raised what no row was to blame for.", ("model",), registry=registry
         )
+        self._tier(registry)
         self.build = Gauge("lenvm_build_info", "Always 1.", ("version",), registry=registry)
         self.build.labels(__version__).set(1)
+
+    def _tier(self, registry: CollectorRegistry) -> None:
+        self.lookups = Counter(
+            "lenvm_shared_lookups",
+            "Questions to Redis, by outcome: hit, partial, miss, session, skipped (cheaper to compute), timeout, error "
+            "or open (not asked: Redis does not answer).",
+            ("model", "outcome"),
+            registry=registry,
+        )
+        self.lookup_seconds = Histogram(
+            "lenvm_shared_lookup_duration_seconds",
+            "Time a request waited for Redis.",
+            ("model",),
+            buckets=_LOOKUP_SECONDS,
+            registry=registry,
+        )
+        self.shared_results = Counter(
+            "lenvm_shared_results", "Predictions whose numbers came from Redis.", ("model",), registry=registry
+        )
+        self.shared_written = Counter(
+            "lenvm_shared_written_bytes", "Bytes stored in Redis.", ("model",), registry=registry
+        )
+        self.shared_dropped = Counter(
+            "lenvm_shared_dropped",
+            "Values that were not stored: queue full, Redis refused or was gone, or the tenant's quota was used up.",
+            ("model", "reason"),
+            registry=registry,
+        )
+        self.shared_corrupt = Counter(
+            "lenvm_shared_refused_values",
+            "Values in Redis that are damaged or not ours.",
+            ("model",),
+            registry=registry,
+        )
+        self.shared_open = Gauge(
+            "lenvm_shared_breaker_open", "1 while Redis is left alone.", ("model",), registry=registry
+        )
+        self.break_even = Gauge(
+            "lenvm_shared_break_even_tokens",
+            "Tokens of a prefix from which on fetching is cheaper than computing.",
+            ("model",),
+            registry=registry,
+        )
 
     def observe_request(self, route: str, status: int, error_type: str, seconds: float) -> None:
         """One answered request. ``route``: the template; ``error_type``: of the error table, or "none"."""
@@ -113,8 +159,13 @@ class EngineMetrics:
         metrics.ready.labels(model).set(0)
         metrics.failures.labels(model)
         metrics.queue_tokens.labels(model).set(0)
-        for source in ("computed", "cached", "promoted"):
+        for source in ("computed", "cached", "shared", "promoted"):
             metrics.tokens.labels(model, source)
+
+    @classmethod
+    def nowhere(cls) -> EngineMetrics:
+        """Metrics that nobody reads."""
+        return cls(Metrics(), "none")
 
     def row(self, kind: str, outcome: str) -> None:
         """One answered row: "predict", "tokens" or "candidates"; "ok" or the type of its error."""
@@ -139,7 +190,9 @@ class EngineMetrics:
         metrics, model = self._metrics, self._model
         metrics.forwards.labels(model).inc(counts.forwards)
         metrics.tokens.labels(model, "computed").inc(counts.computed_tokens)
-        metrics.tokens.labels(model, "cached").inc(max(0, counts.cached_tokens - counts.promoted_tokens))
+        cached = counts.cached_tokens - counts.promoted_tokens - counts.shared_tokens
+        metrics.tokens.labels(model, "cached").inc(max(0, cached))
+        metrics.tokens.labels(model, "shared").inc(counts.shared_tokens)
         metrics.tokens.labels(model, "promoted").inc(counts.promoted_tokens)
         for (kind, method), rows in counts.guided.items():
             metrics.guided.labels(model, kind, method).inc(rows)
@@ -170,3 +223,33 @@ class EngineMetrics:
                 continue  # a cut answer below the quantile may have ended on either side
             outcome = "beyond" if length > quantile or cut else "within"
             metrics.covered.labels(model, level_name(level), outcome).inc()
+
+    def looked_up(self, outcome: str, seconds: float) -> None:
+        """A question to Redis, or one that was not asked."""
+        self._metrics.lookups.labels(self._model, outcome).inc()
+        if outcome != "open":
+            self._metrics.lookup_seconds.labels(self._model).observe(seconds)
+
+    def memo(self) -> None:
+        """A prediction's numbers came from Redis."""
+        self._metrics.shared_results.labels(self._model).inc()
+
+    def written(self, nbytes: int) -> None:
+        """So much was stored there."""
+        self._metrics.shared_written.labels(self._model).inc(nbytes)
+
+    def dropped(self, reason: str, count: int) -> None:
+        """So many values were not."""
+        self._metrics.shared_dropped.labels(self._model, reason).inc(count)
+
+    def corrupt(self) -> None:
+        """A value there was refused."""
+        self._metrics.shared_corrupt.labels(self._model).inc()
+
+    def breaker(self, is_open: bool) -> None:
+        """Redis is left alone now, or asked again."""
+        self._metrics.shared_open.labels(self._model).set(int(is_open))
+
+    def break_even(self, tokens: float) -> None:
+        """What was measured says so."""
+        self._metrics.break_even.labels(self._model).set(tokens)

@@ -69,15 +69,52 @@ class Drain:
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with the one error body for what is no HTTP at all."""
+    """uvicorn's HTTP/1.1 with the one error body for what is no HTTP at all, and a limit to how long a client may take
+    to send a request."""
+
+    read_timeout_s = 30.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client: it has that long for its first request."""
+        super().connection_made(transport)
+        self._reading: asyncio.TimerHandle | None = self.loop.call_later(self.read_timeout_s, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came: the clock runs until the request is whole, however often some more come."""
+        super().data_received(data)
+        half = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
+        if not half:
+            self._stop_reading()
+        elif self._reading is None and not self.transport.is_closing():
+            self._reading = self.loop.call_later(self.read_timeout_s, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._stop_reading()
+        super().connection_lost(exc)
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _too_slow(self) -> None:
+        self._reading = None
+        if self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()  # the request is being served already: it sees that its client has gone
+        elif not self.transport.is_closing():
+            self._refuse(408, "the request took too long to arrive", "request_timeout")
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP request, and close."""
+        self._refuse(400, "this is no valid HTTP request", "http_invalid")
+
+    def _refuse(self, status: int, message: str, reason: str) -> None:
         from lenvm_service.api.errors import RequestError, error_object
         from lenvm_service.api.middleware import new_request_id
 
         request_id = new_request_id()
-        error = RequestError("this is no valid HTTP request", reason="http_invalid")
+        error = RequestError(message, reason=reason)
         body = to_json({"error": error_object(error, request_id=request_id)})
         headers = [
             ("content-type", "application/json"),
@@ -86,7 +123,7 @@ class HttpProtocol(H11Protocol):
             ("connection", "close"),
         ]
         with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun: closing is all that is left
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -260,7 +297,7 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
     app = create_app(engines, settings, metrics)
     config = uvicorn.Config(
         app,
-        http=HttpProtocol,
+        http=type("HttpProtocol", (HttpProtocol,), {"read_timeout_s": settings.read_timeout_s}),
         ws="none",
         lifespan="off",
         log_config=None,

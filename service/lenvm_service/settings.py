@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lenvm.backbones import DEFAULT_BACKBONE
 from lenvm.errors import InvalidRequestError
+from lenvm_service.prefix_cache.connect import check_url
 
 __all__ = ["ModelSpec", "Settings", "load_settings", "model_spec"]
 
@@ -42,6 +43,7 @@ class Settings(BaseSettings):
     batch_tokens: int | None = Field(default=None, ge=1)
     batch_wait_ms: float = Field(default=2.0, ge=0, le=1000, allow_inf_nan=False)
     max_queue_tokens: int = Field(default=262_144, ge=1)
+    max_queue_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     cache_tokens: int | None = Field(default=None, ge=1)
     max_body_bytes: int = Field(default=2 * 1024 * 1024, ge=1024)
     max_batch_rows: int = Field(default=512, ge=1)
@@ -50,10 +52,17 @@ class Settings(BaseSettings):
     drain_grace_s: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     drain_timeout_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     stall_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    read_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     secret: SecretStr | None = None
+    api_keys: Path | None = None  # see lenvm_service.keys
     redis_url: SecretStr | None = None  # it may hold a password
+    redis_lookup_ms: float = Field(default=50.0, gt=0, le=10_000, allow_inf_nan=False)
+    redis_ttl_s: float = Field(default=3600.0, ge=1, allow_inf_nan=False)
+    redis_queue_bytes: int = Field(default=256 << 20, ge=0)
+    redis_tenant_bytes: int | None = Field(default=None, ge=1)
+    redis_payload: Literal["exact", "int8"] = "exact"
 
     @field_validator("model", mode="before")
     @classmethod
@@ -72,9 +81,12 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url")
     @classmethod
-    def _no_redis_yet(cls, value: SecretStr | None) -> SecretStr | None:
+    def _is_redis(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            raise ValueError("shared prefix states arrive with a later release; leave it out")
+            try:
+                check_url(value.get_secret_value())
+            except InvalidRequestError as error:
+                raise ValueError(str(error)) from None
         return value
 
 

@@ -10,6 +10,7 @@ from lenvm.config import BackboneRef, GeneratorRef, HeadConfig, LenVMConfig
 from lenvm.distribution import LengthBins
 from lenvm.errors import InvalidRequestError, LenVMError
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Reply, TokenScoreJob
+from lenvm_service.engine.queueing import Reservation
 from lenvm_service.errors import PrefixUnknownError
 
 VOCABULARY = 1000
@@ -55,6 +56,9 @@ class FakeEngine:
         self.hold: asyncio.Event | None = None
         self.calls: list[tuple[list[Job], float | None, int]] = []
         self.cancelled = 0
+        self.full: Exception | None = None  # raised where room is asked for
+        self.reserved: list[int] = []
+        self.released: list[int] = []
         self.started = self.closed = False
 
     @property
@@ -70,7 +74,20 @@ class FakeEngine:
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "state": self.state, "device": "cpu", "dtype": "float32"}
 
-    async def submit(self, jobs: Sequence[Job], *, deadline: float | None = None, priority: int = 0) -> Reply:
+    def reserve(self, tokens: int, *, deadline: float | None = None) -> Reservation:
+        self.reserved.append(tokens)
+        if self.full is not None:
+            raise self.full
+        return Reservation(tokens, self.released.append)
+
+    async def submit(
+        self,
+        jobs: Sequence[Job],
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        reservation: Reservation | None = None,
+    ) -> Reply:
         self.calls.append((list(jobs), deadline, priority))
         try:
             if self.hold is not None:
@@ -129,7 +146,12 @@ class FakeEngine:
         }
 
     def feedback(
-        self, prediction_id: str | None, token_ids: Sequence[int] | None, generated_tokens: int, finish_reason: str
+        self,
+        prediction_id: str | None,
+        token_ids: Sequence[int] | None,
+        generated_tokens: int,
+        finish_reason: str,
+        tenant: str = "",
     ) -> None:
         if prediction_id not in (None, KNOWN):
             raise PrefixUnknownError("no such prediction is remembered", param="prediction_id")

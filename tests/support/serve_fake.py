@@ -40,9 +40,9 @@ class SlowEngine(FakeEngine):
         else:
             self.state = "ready"
 
-    async def submit(self, jobs: Sequence[Job], *, deadline: float | None = None, priority: int = 0) -> Reply:
+    async def submit(self, jobs: Sequence[Job], **options: Any) -> Reply:
         await asyncio.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-        return await super().submit(jobs, deadline=deadline, priority=priority)
+        return await super().submit(jobs, **options)
 
 
 def main() -> int:

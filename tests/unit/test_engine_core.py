@@ -15,8 +15,9 @@ from lenvm.modeling import LengthValueModel
 from lenvm.returns import horizon_from_logit, length_shift, value_from_logit
 from lenvm.scoring import TorchScorer
 from lenvm_service.engine import CandidateJob, EngineCore, PredictJob, Prefix, SessionStore, TokenScoreJob
-from lenvm_service.engine.sessions import Chain
+from lenvm_service.engine.jobs import Shared
 from lenvm_service.errors import OverloadedError, PrefixUnknownError
+from lenvm_service.prefix_cache import ChainRoot, SessionRecord
 
 EOS = 2
 SECRET = b"0123456789abcdef"
@@ -218,15 +219,16 @@ def test_handles_are_immutable_and_repeated_calls_agree(core: EngineCore) -> Non
     twice = core.run([job, sibling, job])  # the same handle twice in one call
     assert [row["session"] for row in twice] == [first["session"], other["session"], first["session"]]  # type: ignore[index]
     deep = one(core, CandidateJob(Prefix([20, 30, 31], first["session"]), [5], 4))
-    assert deep["session"] == core.handle_of([*ids(7, 5), 10, 20, 30, 31])
+    assert deep["session"] == core.prefixes.handle_of([*ids(7, 5), 10, 20, 30, 31])
 
 
 def test_handles_need_the_secret_and_the_model(tiny_model: LengthValueModel) -> None:
     a, b = make(tiny_model), make(tiny_model, secret=b"another-secret--")
-    assert a.handle_of([5, 6]) == make(tiny_model).handle_of([5, 6])
-    assert a.handle_of([5, 6]) != b.handle_of([5, 6])
-    assert Chain.root(SECRET, "x").extend([5]).handle != Chain.root(SECRET, "y").extend([5]).handle
-    assert a.handle_of([5, 6]) != a.handle_of([6, 5])
+    assert a.prefixes.handle_of([5, 6]) == make(tiny_model).prefixes.handle_of([5, 6])
+    assert a.prefixes.handle_of([5, 6]) != b.prefixes.handle_of([5, 6])
+    roots = [ChainRoot(sha, "layout", 32, tenant, SECRET) for sha, tenant in (("x", ""), ("y", ""), ("x", "t"))]
+    assert len({root.extend([5]).handle for root in roots}) == 3
+    assert a.prefixes.handle_of([5, 6]) != a.prefixes.handle_of([6, 5])
 
 
 def test_stop_ids_end_the_answer(core: EngineCore) -> None:
@@ -294,7 +296,7 @@ def test_bad_rows_keep_no_state_alive(core: EngineCore) -> None:
         good = [PredictJob(Prefix(ids(at, 40))) for at in range(4)]
         results = core.run([*good, *(bad for bad, _, _ in BAD.values())])
         assert sum(not isinstance(result, dict) for result in results) == len(BAD)
-        core.sessions.clear()
+        core.prefixes.clear()
         assert core.scorer.pool.used_blocks == 0
     finally:
         gc.enable()
@@ -336,7 +338,7 @@ def test_a_row_larger_than_the_pool_is_an_overload_of_its_own(tiny_model: Length
     assert [isinstance(result, dict) for result in results] == [True, False, True]
     assert isinstance(results[1], OverloadedError)
     assert results[1].retry_after_s
-    core.sessions.clear()
+    core.prefixes.clear()
     del results
     assert core.scorer.pool.used_blocks == 0
 
@@ -350,7 +352,7 @@ def test_the_store_is_bounded(tiny_model: LengthValueModel) -> None:
     # A session whose candidates were dropped is continued all the same.
     row = one(core, CandidateJob(Prefix([5], handles[2]), [7], 1))
     assert row["cached_tokens"] == 4
-    core.sessions.clear()
+    core.prefixes.clear()
     assert core.scorer.pool.used_blocks == 0
 
 
@@ -363,3 +365,86 @@ def test_a_failure_of_the_scorer_is_raised_and_leaks_nothing(core: EngineCore, m
     monkeypatch.undo()
     assert core.scorer.pool.used_blocks == before
     assert one(core, PredictJob(Prefix((), kept)))["cached_tokens"] == 40
+
+
+# -- blocks that prefixes share ----------------------------------------------------------------------------------------
+
+
+def test_prefixes_share_their_blocks(core: EngineCore, full_forward: Any) -> None:
+    system = ids(20, 70)  # two blocks of 32 and a rest
+    one(core, PredictJob(Prefix(system + ids(21, 5))))
+    tokens = core.scorer.stats.tokens
+    other = system + ids(22, 9)
+    row = one(core, PredictJob(Prefix(other)))
+    assert row["cached_tokens"] == 64
+    assert core.scorer.stats.tokens - tokens == 79 - 64
+    logits, _ = full_forward(other)
+    assert row["value"] == pytest.approx(value_from_logit(float(logits[-1])), abs=1e-5)
+    step = one(core, CandidateJob(Prefix(system + ids(23, 3)), [5, 6]))
+    assert step["cached_tokens"] == 64
+
+
+def test_a_prefix_that_ends_with_a_block_is_computed_to_its_last_token(core: EngineCore, full_forward: Any) -> None:
+    text = ids(24, 96)
+    one(core, PredictJob(Prefix([*text, 5])))
+    row = one(core, PredictJob(Prefix(text)))
+    assert row["cached_tokens"] == 64  # the third block is there; its last token's value is not
+    logits, _ = full_forward(text)
+    assert row["value"] == pytest.approx(value_from_logit(float(logits[-1])), abs=1e-5)
+
+
+def test_tenants_share_nothing(core: EngineCore) -> None:
+    prompt = ids(25, 80)
+    mine = one(core, PredictJob(Prefix(prompt, tenant="a")))
+    theirs = one(core, PredictJob(Prefix(prompt, tenant="b")))
+    assert theirs["cached_tokens"] == 0
+    assert theirs["session"] != mine["session"]
+    assert theirs["value"] == mine["value"]
+    (stolen,) = core.run([PredictJob(Prefix((), mine["session"], tenant="b"))])
+    assert isinstance(stolen, PrefixUnknownError)
+    assert one(core, PredictJob(Prefix((), mine["session"], tenant="a")))["cached_tokens"] == 80
+
+
+def test_blocks_and_sessions_give_way_in_one_order(tiny_model: LengthValueModel) -> None:
+    core = make(tiny_model, pool_tokens=12 * 32)
+    system = ids(26, 64)
+    for at in range(20):  # each needs room; the system prompt is used each time, and stays
+        row = one(core, PredictJob(Prefix(system + ids(100 + at, 40))))
+        assert row["cached_tokens"] == (64 if at else 0)
+    assert core.scorer.pool.used_blocks <= 12
+
+
+def test_what_the_shared_tier_found_is_loaded(tiny_model: LengthValueModel) -> None:
+    here, there = make(tiny_model), make(tiny_model)
+    text = ids(27, 110)
+    first = one(here, PredictJob(Prefix(text)))
+    chain = here.prefixes.root().extend(text)
+    assert [block.key for _, block in here.prefixes.fresh] == [block.key for block in chain.blocks]
+    held = [here.prefixes.blocks.get(block.key) for block in chain.blocks]
+    payloads = here.scorer.dump([block for block in held if block is not None])
+    again = one(there, PredictJob(Prefix(text, shared=Shared(0, payloads))))
+    assert again["cached_tokens"] == 96
+    assert again["session"] == first["session"]
+    assert again["mean"] == pytest.approx(first["mean"], rel=1e-5)
+    assert there.counts.shared_tokens == 96
+    assert there.prefixes.fresh == []  # what came from there need not go back
+    # Blocks that do not follow what is held are of no use, and do no harm.
+    third = make(tiny_model)
+    assert one(third, PredictJob(Prefix(text, shared=Shared(1, payloads[1:]))))["cached_tokens"] == 0
+
+
+def test_numbers_from_the_shared_tier_need_no_model(core: EngineCore) -> None:
+    text = ids(28, 12)
+    first = one(core, PredictJob(Prefix(text)))
+    ((chain, logit, bins),) = core.prefixes.answered
+    core.prefixes.clear()
+    forwards = core.scorer.stats.forwards
+    known = Shared(record=SessionRecord(chain.packed, logit, bins))
+    again = one(core, PredictJob(Prefix(text, shared=known)))
+    assert again == {**first, "cached_tokens": 12}
+    assert core.scorer.stats.forwards == forwards
+    assert core.counts.memoised == 1
+    # Candidates need the state: they are computed.
+    step = one(core, CandidateJob(Prefix(text, shared=known), [5]))
+    assert core.scorer.stats.forwards == forwards + 1
+    assert step["session"] == first["session"]

@@ -50,7 +50,7 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         ("log_format", "xml"),
         ("log_level", "loud"),
         ("host", ""),
-        ("redis_url", "redis://:hidden@host"),
+        ("redis_url", "http://:hidden@host"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:

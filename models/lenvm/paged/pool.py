@@ -206,3 +206,25 @@ class BlockPool:
         for layer in range(self.shape.layers):
             self.keys[layer][block, :, offset] = keys[layer]
             self.values[layer][block, :, offset] = values[layer]
+
+    def read(self, blocks: Sequence[int]) -> torch.Tensor:
+        """A copy of blocks, ``[B, 2, layers, kv_heads, block_size, head_dim]``, keys before values."""
+        at = to_device(np.asarray(blocks, dtype=np.int64), self.device)
+        if self._whole is not None:
+            both = torch.stack([tensor[:, at] for tensor in self._whole])
+        else:
+            both = torch.stack([torch.stack([tensor[at] for tensor in side]) for side in (self.keys, self.values)])
+        return both.permute(2, 0, 1, 3, 4, 5).contiguous()
+
+    def restore(self, blocks: Sequence[int], stored: torch.Tensor) -> None:
+        """Fill whole blocks with what :meth:`read` gave."""
+        at = to_device(np.asarray(blocks, dtype=np.int64), self.device)
+        both = stored.to(self.device).permute(1, 2, 0, 3, 4, 5)
+        for side, tensors in enumerate((self.keys, self.values)):
+            if self._whole is not None:
+                self._whole[side][:, at] = both[side]
+                continue
+            for layer, tensor in enumerate(tensors):
+                tensor[at] = both[side, layer]
+        for block in blocks:
+            self._filled[block] = self.block_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lenvm.scoring.blocks import BlockLayout, StateBlock
 from lenvm.scoring.protocol import PoolCounts, PrefixState, RowScore, Scorer, ScoreRow, ScorerStats
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lenvm.scoring.torch_scorer import TorchScorer
 
 __all__ = [
+    "BlockLayout",
     "OnnxModel",
     "OnnxScorer",
     "PoolCounts",
@@ -23,6 +25,7 @@ __all__ = [
     "ScoreRow",
     "Scorer",
     "ScorerStats",
+    "StateBlock",
     "TorchScorer",
 ]
 

@@ -18,6 +18,8 @@ from lenvm.export.artifact import ExportInfo
 
 __all__ = ["KeyValueStore", "OnnxModel"]
 
+_SIDES = ("keys", "values")
+
 
 class OnnxModel:
     """A folder that ``lenvm export`` wrote, loaded.
@@ -80,9 +82,30 @@ class KeyValueStore:
         self.slots = 0
         self.bins = model.config.head.num_bins
         self._binding = model.session.io_binding()
-        names = [f"{what}.{layer}" for what in ("keys", "values") for layer in range(info.layers)]
+        names = [f"{what}.{layer}" for what in _SIDES for layer in range(info.layers)]
         self._tensors: dict[str, Any] = dict.fromkeys(names)
+        self._arrays: dict[str, NDArray[Any]] = {}  # on the CPU: the tensors' own memory
         self._feeds: dict[str, Any] = {}
+
+    @property
+    def on_cpu(self) -> bool:
+        """True where the host sees the memory."""
+        return self.model.device_type == "cpu"
+
+    def read(self, slots: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of ``[B, tokens]`` slots: ``[B, 2, layers, kv_heads, tokens, head_dim]``. On the CPU only."""
+        info = self.model.info
+        sides = [[self._arrays[f"{what}.{layer}"][slots] for layer in range(info.layers)] for what in _SIDES]
+        both = np.asarray(sides).reshape(2, info.layers, *slots.shape, info.kv_heads, info.head_dim)
+        return np.ascontiguousarray(both.transpose(2, 0, 1, 4, 3, 5))
+
+    def restore(self, slots: NDArray[np.int64], stored: NDArray[Any]) -> None:
+        """Fill ``[B, tokens]`` slots with what :meth:`read` gave. On the CPU only."""
+        info = self.model.info
+        flat = stored.transpose(1, 2, 0, 4, 3, 5).reshape(2, info.layers, *slots.shape, info.kv_heads * info.head_dim)
+        for side, what in enumerate(_SIDES):
+            for layer in range(info.layers):
+                self._arrays[f"{what}.{layer}"][slots] = flat[side, layer]
 
     def resize(self, slots: int) -> None:
         """Make room for so many slots; what was stored stays."""
@@ -91,8 +114,9 @@ class KeyValueStore:
             # Zeros, not empty: padded places are multiplied by 0, and 0 x NaN of stale memory is NaN.
             array = np.zeros((slots, info.kv_heads * info.head_dim), dtype=info.dtype)
             if held is not None:
-                array[: self.slots] = held.numpy()
+                array[: self.slots] = self._arrays[name] if self.on_cpu else held.numpy()
             tensor = self._tensors[name] = self._tensor(array)
+            self._arrays[name] = array
             self._binding.bind_ortvalue_input(f"past_{name}", tensor)
             self._binding.bind_ortvalue_output(f"present_{name}", tensor)
         self.slots = slots

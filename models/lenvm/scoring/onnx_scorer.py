@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from lenvm.distribution import LengthBins
 from lenvm.errors import InvalidRequestError, StateClosedError
 from lenvm.scoring._rows import check_row
+from lenvm.scoring.blocks import BlockLayout, StateBlock
 from lenvm.scoring.onnx_model import KeyValueStore, OnnxModel
 from lenvm.scoring.packing import Piece, pack
-from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats
+from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
 from lenvm.scoring.token_pool import Slots, TokenPool
 
 __all__ = ["OnnxScorer", "OnnxState"]
 
 _CELLS = 1 << 22  # attention cells of one forward, as padded: about as much work as 50 tokens of a 135M model
+_BLOCK = 32  # tokens that are shared, dumped and loaded together
 _NONE: Slots = np.empty(0, dtype=np.int64)
 
 
@@ -185,6 +187,55 @@ class OnnxScorer:
             raise
         return [self._finish(work) for work in works]
 
+    @property
+    def layout(self) -> BlockLayout | None:
+        """Form of this engine's blocks; None on a GPU, whose memory ONNX Runtime gives back only as a whole."""
+        if not self._store.on_cpu:
+            return None
+        info = self.model.info
+        dims = (2, info.layers, info.kv_heads, _BLOCK, info.head_dim)
+        return BlockLayout(f"onnx-{info.variant}", np.dtype(info.dtype).name, dims)
+
+    def blocks(self, state: PrefixState, first: int = 0) -> list[StateBlock]:
+        """The state's full blocks from number ``first`` on; see :class:`lenvm.scoring.Scorer`."""
+        assert isinstance(state, OnnxState)
+        starts = range(first * _BLOCK, state.length - _BLOCK + 1, _BLOCK)
+        found = [state.slots[start : start + _BLOCK].copy() for start in starts]
+        for slots in found:
+            self.pool.retain(slots)
+        return [StateBlock(self.pool, slots) for slots in found]
+
+    def join(self, blocks: Sequence[StateBlock]) -> OnnxState:
+        """The state after these blocks, its value not known; see :class:`lenvm.scoring.Scorer`."""
+        slots = np.concatenate([_NONE, *(block.places for block in blocks)])
+        self.pool.retain(slots)
+        return OnnxState(self.pool, slots, np.full(self._numbers, np.nan))
+
+    def dump(self, blocks: Sequence[StateBlock]) -> list[NDArray[np.uint8]]:
+        """A copy of each block's bytes, in the form of :attr:`layout`. On the CPU only."""
+        if not blocks:
+            return []
+        self._fit()
+        read = self._store.read(np.stack([block.places for block in blocks]))
+        return list(read.reshape(len(blocks), -1).view(np.uint8))
+
+    def load(self, payloads: Sequence[NDArray[np.uint8]]) -> list[StateBlock]:
+        """Blocks with these bytes. Raises PoolExhaustedError where there is no room. On the CPU only."""
+        if not payloads:
+            return []
+        layout = self.layout
+        assert layout is not None
+        slots = self.pool.allocate(len(payloads) * _BLOCK).reshape(len(payloads), _BLOCK)
+        blocks = [StateBlock(self.pool, places) for places in slots]
+        self._fit()
+        stored = np.stack(payloads).view(layout.dtype).reshape(len(payloads), *layout.shape)
+        self._store.restore(slots, stored)
+        return blocks
+
+    def _fit(self) -> None:
+        if self._store.slots != self.pool.num_blocks:
+            self._store.resize(self.pool.num_blocks)
+
     def _begin(self, row: ScoreRow) -> _Work:
         """Slots for a row; a first appended token that the state was scored with is promoted."""
         tail, state = [int(token) for token in row.append], row.state
@@ -205,8 +256,7 @@ class OnnxScorer:
 
     def _run(self, works: Sequence[_Work]) -> None:
         """All forwards of a call. Pieces of one row come one after another, of different rows side by side."""
-        if self._store.slots != self.pool.num_blocks:
-            self._store.resize(self.pool.num_blocks)
+        self._fit()
         pieces = [list(work.pieces(self.token_budget)) for work in works]
         for turn in range(max(map(len, pieces), default=0)):
             waiting = [(work, found[turn]) for work, found in zip(works, pieces, strict=True) if turn < len(found)]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenvm.distribution import LengthBins
+from lenvm.scoring.blocks import BlockLayout, StateBlock
 
 __all__ = ["PoolCounts", "PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats"]
 
@@ -119,3 +120,25 @@ class Scorer(Protocol):
 
     def check(self, row: ScoreRow) -> None:
         """Raise what ``score`` would raise for this row (a full pool apart), and compute nothing."""
+
+    @property
+    def layout(self) -> BlockLayout | None:
+        """Form of this engine's blocks; None where they cannot leave the device."""
+
+    def blocks(self, state: PrefixState, first: int = 0) -> list[StateBlock]:
+        """The state's full blocks from number ``first`` on, shared with it. A last block that is not full is left
+        out."""
+
+    def join(self, blocks: Sequence[StateBlock]) -> PrefixState:
+        """The state after these blocks, which follow one another from a prefix's first token. What it costs is a
+        reference each. Its value is not known: it can only be gone on from, by at least one token."""
+
+    def dump(self, blocks: Sequence[StateBlock]) -> list[NDArray[np.uint8]]:
+        """A copy of each block's bytes, on the host, in the form that :attr:`layout` says."""
+
+    def load(self, payloads: Sequence[NDArray[np.uint8]]) -> list[StateBlock]:
+        """Blocks with these bytes, aligned.
+
+        Raises:
+            PoolExhaustedError: no room; nothing is loaded.
+        """

@@ -19,7 +19,8 @@ from lenvm.modeling import HeadOutput, LengthValueModel
 from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward
 from lenvm.paged.attention import Plan
 from lenvm.scoring._rows import check_row
-from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats
+from lenvm.scoring.blocks import BlockLayout, StateBlock
+from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
 
 if TYPE_CHECKING:
     from lenvm.decoding.step_decoder import StepDecoder
@@ -247,6 +248,45 @@ class TorchScorer:
     def blocks_needed(self, row: ScoreRow) -> int:
         """Most blocks that a row takes out of the pool: those of its tokens, and one for a copy-on-write."""
         return self.pool.blocks_for(len(row.append)) + 1
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Form of this engine's blocks."""
+        shape = self.pool.shape
+        dims = (2, shape.layers, shape.kv_heads, self.pool.block_size, shape.head_dim)
+        return BlockLayout("torch", str(self.model.dtype).removeprefix("torch."), dims)
+
+    def blocks(self, state: PrefixState, first: int = 0) -> list[StateBlock]:
+        """The state's full blocks from number ``first`` on; see :class:`lenvm.scoring.Scorer`."""
+        assert isinstance(state, TorchState)
+        held = state.blocks[first : state.length // self.pool.block_size]
+        self.pool.retain(held)
+        return [StateBlock(self.pool, [block]) for block in held]
+
+    def join(self, blocks: Sequence[StateBlock]) -> TorchState:
+        """The state after these blocks, its value not known; see :class:`lenvm.scoring.Scorer`."""
+        places = [place for block in blocks for place in block.places]
+        self.pool.retain(places)
+        return TorchState(self.pool, places, len(places) * self.pool.block_size, float("nan"), None)
+
+    @torch.inference_mode()
+    def dump(self, blocks: Sequence[StateBlock]) -> list[NDArray[np.uint8]]:
+        """A copy of each block's bytes on the host, in the form of :attr:`layout`."""
+        if not blocks:
+            return []
+        read = self.pool.read([place for block in blocks for place in block.places])
+        return list(read.flatten(1).cpu().view(torch.uint8).numpy())
+
+    @torch.inference_mode()
+    def load(self, payloads: Sequence[NDArray[np.uint8]]) -> list[StateBlock]:
+        """Blocks with these bytes. Raises PoolExhaustedError where there is no room."""
+        if not payloads:
+            return []
+        places = self.pool.allocate(len(payloads))
+        blocks = [StateBlock(self.pool, [place]) for place in places]
+        stored = torch.from_numpy(np.stack(payloads)).view(self.model.dtype)
+        self.pool.restore(places, stored.view(len(places), *self.layout.shape))
+        return blocks
 
     def _compact(self) -> None:
         # Here and not when a state goes: in a decoding loop all users of the last call go, and nothing is copied.

@@ -20,9 +20,10 @@ from lenvm_service.api.ports import EngineLike
 from lenvm_service.api.rows import Row
 from lenvm_service.api.schemas import GeneratorClaim, RequestOptions
 from lenvm_service.engine.jobs import Job, Reply, Result
+from lenvm_service.engine.queueing import Reservation
 from lenvm_service.errors import DeadlineExceededError, InternalError
 
-__all__ = ["ask", "generator_warnings", "json_response", "model_response", "row_answers"]
+__all__ = ["ask", "deadline_of", "generator_warnings", "json_response", "model_response", "row_answers"]
 
 _DEADLINE_SLACK_S = 0.1  # the engine keeps deadlines itself; this is for one that is busy with a long batch
 
@@ -33,14 +34,20 @@ def json_response(content: Any) -> Response:
 
 
 async def ask(
-    receive: Receive, engine: EngineLike, jobs: Sequence[Job], *, deadline: float | None, priority: int
+    receive: Receive,
+    engine: EngineLike,
+    jobs: Sequence[Job],
+    *,
+    deadline: float | None,
+    priority: int,
+    reservation: Reservation | None = None,
 ) -> Reply:
-    """What the engine answers. ``deadline``: of time.monotonic.
+    """What the engine answers. ``deadline``: of time.monotonic; ``reservation``: room in its queue.
 
     Raises what the engine raises, DeadlineExceededError, and ClientDisconnect when the caller goes, whose work is
     dropped then.
     """
-    work = asyncio.ensure_future(engine.submit(jobs, deadline=deadline, priority=priority))
+    work = asyncio.ensure_future(engine.submit(jobs, deadline=deadline, priority=priority, reservation=reservation))
     gone = asyncio.ensure_future(_disconnected(receive))
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) + _DEADLINE_SLACK_S
     try:
@@ -63,23 +70,39 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def deadline_of(request: Request, options: RequestOptions) -> float | None:
+    """When the answer must be there, of time.monotonic. Raises DeadlineExceededError where that has passed."""
+    deadline_ms = options.deadline_ms or request.app.state.service.settings.default_deadline_ms
+    if deadline_ms is None:
+        return None
+    deadline: float = request.state.context.started + deadline_ms / 1000
+    if time.monotonic() >= deadline:
+        raise DeadlineExceededError("the deadline passed while the request was read: give it more time")
+    return deadline
+
+
 async def model_response(
-    request: Request, engine: EngineLike, options: RequestOptions, rows: Sequence[Row], *, name: str, flat: bool
+    request: Request,
+    engine: EngineLike,
+    options: RequestOptions,
+    rows: Sequence[Row],
+    *,
+    name: str,
+    flat: bool,
+    deadline: float | None,
+    reservation: Reservation,
 ) -> Response:
     """Run the jobs among ``rows``, and answer with an entry for each row under ``name``.
 
     Raises what concerns the whole request: what ``ask`` raises, and the error of a ``flat`` row.
     """
-    service, context = request.app.state.service, request.state.context
+    context = request.state.context
     context.rows, context.model = len(rows), engine.name
-    deadline_ms = options.deadline_ms or service.settings.default_deadline_ms
-    deadline = None if deadline_ms is None else context.started + deadline_ms / 1000
-    if deadline is not None and time.monotonic() >= deadline:
-        raise DeadlineExceededError("the deadline passed while the request was read: give it more time")
     jobs = [row for row in rows if not isinstance(row, LenVMError)]
     results: list[Result] = []
     if jobs:
-        reply = await ask(request.receive, engine, jobs, deadline=deadline, priority=options.priority or 0)
+        priority = options.priority or 0
+        reply = await ask(request.receive, engine, jobs, deadline=deadline, priority=priority, reservation=reservation)
         results = reply.results
         context.queue_ms, context.inference_ms = reply.queue_ms, reply.inference_ms
     answered = iter(results)

@@ -123,6 +123,8 @@ def error_response(error: Exception, request: Request) -> Response:
         logger.error("request failed", exc_info=error)
     if status in (429, 503) and body["retry_after_ms"] is not None:
         headers["retry-after"] = str(math.ceil(body["retry_after_ms"] / 1000))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     context.error_type = body["type"]
     return Response(to_json({"error": body}), status_code=status, headers=headers, media_type="application/json")
 

@@ -23,6 +23,7 @@ access = logging.getLogger("lenvm_service.access")
 CLIENT_GONE = 499
 """Logged and counted for a caller that went away; never sent."""
 _TIMED = frozenset({"/predict_length", "/score"})
+_OPEN = frozenset({"/health/live"})  # what asks whether to restart us has no key
 _LONGEST_ID = 128
 
 
@@ -34,6 +35,8 @@ class RequestContext:
     started: float = field(default_factory=time.monotonic)
     status: int = 0
     error_type: str = "none"
+    tenant: str = ""
+    key_id: str | None = None
     model: str | None = None
     rows: int | None = None
     queue_ms: float = 0.0
@@ -101,6 +104,9 @@ class RequestMiddleware:
         self, scope: Scope, receive: Receive, send: Send, context: RequestContext, task: asyncio.Task[object]
     ) -> None:
         try:
+            if self.service.keys is not None and scope["path"] not in _OPEN:
+                key = self.service.keys.check(scope["headers"])
+                context.tenant, context.key_id = key.tenant, key.id
             await self.app(scope, receive, send)
             return
         except ClientDisconnect:
@@ -145,5 +151,6 @@ class RequestMiddleware:
                 ms=round(seconds * 1000, 3),
                 **({"rows": context.rows} if context.rows is not None else {}),
                 **({"model": context.model} if context.model is not None else {}),
+                **({"key": context.key_id} if context.key_id is not None else {}),
             ),
         )

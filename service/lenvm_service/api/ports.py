@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from lenvm.config import LenVMConfig
 from lenvm_service.engine.jobs import Job, Reply
+from lenvm_service.engine.queueing import Reservation
 
 __all__ = ["EngineLike", "MetricsLike"]
 
@@ -38,9 +39,22 @@ class EngineLike(Protocol):
     def start(self) -> None: ...
     def close(self) -> None: ...
     def describe(self) -> dict[str, Any]: ...
-    async def submit(self, jobs: Sequence[Job], *, deadline: float | None = None, priority: int = 0) -> Reply: ...
+    def reserve(self, tokens: int, *, deadline: float | None = None) -> Reservation: ...
+    async def submit(
+        self,
+        jobs: Sequence[Job],
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        reservation: Reservation | None = None,
+    ) -> Reply: ...
     def feedback(
-        self, prediction_id: str | None, token_ids: Sequence[int] | None, generated_tokens: int, finish_reason: str
+        self,
+        prediction_id: str | None,
+        token_ids: Sequence[int] | None,
+        generated_tokens: int,
+        finish_reason: str,
+        tenant: str = "",
     ) -> None: ...
 
 

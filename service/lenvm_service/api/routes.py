@@ -15,7 +15,7 @@ from lenvm.errors import LenVMError
 from lenvm_service.api import responses as answer
 from lenvm_service.api import rows
 from lenvm_service.api import schemas as ask
-from lenvm_service.api.answers import json_response, model_response, row_answers
+from lenvm_service.api.answers import deadline_of, json_response, model_response, row_answers
 from lenvm_service.api.body import parse_object, read_body
 from lenvm_service.api.errors import RequestError
 from lenvm_service.api.openapi import documented
@@ -45,8 +45,12 @@ async def predict_length(request: Request) -> Response:
     limits = service.settings
     call = await service.offload(len(body), lambda: rows.read_predict(body, limits.max_batch_rows))
     engine = service.engine(call.options.model)
-    jobs = await service.offload(len(body), lambda: rows.predict_jobs(call, engine.tokenizer))
-    return await model_response(request, engine, call.options, jobs, name="predictions", flat=call.flat)
+    deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
+    with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
+        jobs = await service.offload(len(body), lambda: rows.predict_jobs(call, engine.tokenizer, tenant))
+        return await model_response(
+            request, engine, call.options, jobs, name="predictions", flat=call.flat, deadline=deadline, reservation=room
+        )
 
 
 @router.post(
@@ -64,8 +68,14 @@ async def score(request: Request) -> Response:
     limits = service.settings
     call = await service.offload(len(body), lambda: rows.read_score(body, limits.max_batch_rows))
     engine = service.engine(call.options.model)
-    jobs = await service.offload(len(body), lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates))
-    return await model_response(request, engine, call.options, jobs, name="scores", flat=call.flat)
+    deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
+    with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
+        jobs = await service.offload(
+            len(body), lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates, tenant)
+        )
+        return await model_response(
+            request, engine, call.options, jobs, name="scores", flat=call.flat, deadline=deadline, reservation=room
+        )
 
 
 @router.post(
@@ -124,12 +134,13 @@ async def feedback(request: Request) -> Response:
     engine = service.engine(call.options.model)
     items = await service.offload(len(body), lambda: rows.feedback_items(call))
     results: list[Result] = []
+    tenant = request.state.context.tenant
     for item in items:
         if isinstance(item, LenVMError):
             results.append(item)
             continue
         try:
-            engine.feedback(item.prediction_id, item.token_ids, item.generated_tokens, item.finish_reason)
+            engine.feedback(item.prediction_id, item.token_ids, item.generated_tokens, item.finish_reason, tenant)
             results.append({"accepted": True})
         except LenVMError as error:
             results.append(error)

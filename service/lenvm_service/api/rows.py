@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -34,6 +34,7 @@ __all__ = [
     "Row",
     "check",
     "encode_text",
+    "estimated_tokens",
     "feedback_items",
     "predict_jobs",
     "read_feedback",
@@ -48,6 +49,8 @@ OptionsT = TypeVar("OptionsT", bound=ModelChoice)
 ModelT = TypeVar("ModelT", bound=BaseModel)
 Row: TypeAlias = Job | LenVMError
 _PREDICT_FIELDS = frozenset(PredictInput.model_fields)
+_ID_FIELDS = ("token_ids", "append", "completion_ids", "candidates")
+_CHARACTERS = 4  # of text a token, about
 _SCORE_FIELDS = frozenset(TokenInput.model_fields) | frozenset(CandidateInput.model_fields)
 
 
@@ -111,7 +114,24 @@ def _read(body: bytes, options: type[OptionsT], name: str, row_fields: frozenset
     return Call(checked, rows, flat=False)
 
 
-def predict_jobs(call: Call[PredictOptions], tokenizer: Any) -> list[Row]:
+def estimated_tokens(rows: Sequence[Any]) -> int:
+    """About how many tokens rows will be, before anything is tokenised: by the ids that they list, and four characters
+    of text a token."""
+    return sum(max(1, _estimated(row)) for row in rows)
+
+
+def _estimated(row: Any) -> int:
+    if not isinstance(row, Mapping):
+        return 0  # an error before long
+    tokens = sum(len(ids) for name in _ID_FIELDS if isinstance(ids := row.get(name), list))
+    texts = [row.get("prompt"), row.get("completion")]
+    messages = row.get("messages")
+    if isinstance(messages, list):
+        texts += [message.get("content") for message in messages if isinstance(message, Mapping)]
+    return tokens + sum(1 + len(text) // _CHARACTERS for text in texts if isinstance(text, str))
+
+
+def predict_jobs(call: Call[PredictOptions], tokenizer: Any, tenant: str = "") -> list[Row]:
     """A job or an error for each row of /predict_length."""
     options = call.options
     levels = tuple(dict.fromkeys(PredictJob.quantiles if options.quantiles is None else options.quantiles))
@@ -119,7 +139,7 @@ def predict_jobs(call: Call[PredictOptions], tokenizer: Any) -> list[Row]:
     def job(row: Any) -> Job:
         found = check(PredictInput, row)
         return PredictJob(
-            _prefix(found, tokenizer),
+            _prefix(found, tokenizer, tenant),
             quantiles=levels,
             max_tokens=options.max_tokens,
             generated=found.generated or 0,
@@ -128,7 +148,7 @@ def predict_jobs(call: Call[PredictOptions], tokenizer: Any) -> list[Row]:
     return [_guarded(job, row) for row in call.rows]
 
 
-def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int) -> list[Row]:
+def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int, tenant: str = "") -> list[Row]:
     """A job or an error for each row of /score. ``candidates`` tells the two kinds apart."""
 
     def job(row: Any) -> Job:
@@ -136,19 +156,19 @@ def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int) ->
             # Null is "not given", also for a field of the other kind of row.
             row = {name: value for name, value in row.items() if value is not None or name not in _SCORE_FIELDS}
             if "candidates" in row:
-                return _candidate_job(row, tokenizer, max_candidates)
+                return _candidate_job(row, tokenizer, max_candidates, tenant)
         return _token_job(check(TokenInput, row), tokenizer)
 
     return [_guarded(job, row) for row in call.rows]
 
 
-def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int) -> Job:
+def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, tenant: str) -> Job:
     ids = row["candidates"]
     if isinstance(ids, list) and len(ids) > max_candidates:
         raise _RowTooLargeError(f"{len(ids)} candidates, {max_candidates} are allowed: send the likeliest ones")
     found = check(CandidateInput, row)
     return CandidateJob(
-        _prefix(found, tokenizer),
+        _prefix(found, tokenizer, tenant),
         candidates=found.candidates,
         generated=found.generated or 0,
         objective=found.objective,
@@ -168,10 +188,10 @@ def _token_job(row: TokenInput, tokenizer: Any) -> Job:
     return TokenScoreJob(encode_text(row, tokenizer), ids, eos=bool(row.eos))
 
 
-def _prefix(row: PrefixSource, tokenizer: Any) -> Prefix:
+def _prefix(row: PrefixSource, tokenizer: Any, tenant: str) -> Prefix:
     if row.session is not None:
-        return Prefix(row.append or (), session=row.session)
-    return Prefix(encode_text(row, tokenizer))
+        return Prefix(row.append or (), session=row.session, tenant=tenant)
+    return Prefix(encode_text(row, tokenizer), tenant=tenant)
 
 
 def encode_text(row: TextSource | TokenizeRequest, tokenizer: Any) -> list[int]:

@@ -12,6 +12,7 @@ import anyio.to_thread
 
 from lenvm_service.api.ports import EngineLike, MetricsLike
 from lenvm_service.errors import DrainingError, ModelNotFoundError, NotReadyError
+from lenvm_service.keys import KeyRing
 from lenvm_service.settings import Settings
 
 __all__ = ["Service"]
@@ -29,6 +30,7 @@ class Service:
         self.engines = dict(engines)
         self.settings = settings
         self.metrics = metrics
+        self.keys = None if settings.api_keys is None else KeyRing(settings.api_keys)
         self.created = int(time.time())
         self.draining = False
         self.abandoned = False

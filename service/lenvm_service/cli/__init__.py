@@ -24,6 +24,7 @@ from lenvm_service.cli import (
     export,
     generate,
     importing,
+    key,
     predict,
     pull,
     rollout,
@@ -53,6 +54,7 @@ app.command("export")(export.command)
 app.command("import")(importing.command)
 app.add_typer(evaluate.app, name="eval")
 app.command("serve")(serve.command)
+app.command("key")(key.command)
 app.command("demo")(demo.command)
 
 

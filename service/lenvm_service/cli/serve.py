@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +53,10 @@ def command(
     max_queue_tokens: Annotated[
         int | None, typer.Option(help="Tokens that may wait; more is refused (429).", show_default="262144")
     ] = None,
+    max_queue_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds of work that may wait; more is refused (429).", show_default="30"),
+    ] = None,
     cache_tokens: Annotated[
         int | None, typer.Option(help="Tokens of prefix states held.", show_default="a quarter of the memory")
     ] = None,
@@ -72,6 +77,9 @@ def command(
         float | None,
         typer.Option(help="An engine without a heartbeat for so long is not alive.", show_default="60"),
     ] = None,
+    read_timeout_s: Annotated[
+        float | None, typer.Option(help="How long a client may take to send a request.", show_default="30")
+    ] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json.", show_default="console")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     secret: Annotated[
@@ -82,8 +90,38 @@ def command(
             show_default="a fresh one",
         ),
     ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="API keys and their tenants (lenvm key makes them); read again when it changes. Without it everybody "
+            "may ask.",
+            show_default="none",
+        ),
+    ] = None,
     redis_url: Annotated[
-        str | None, typer.Option(help="Shared prefix states; with a later release.", show_default="none")
+        str | None,
+        typer.Option(
+            help="Redis in which replicas share prefix states: redis://, rediss://, unix://, redis+sentinel:// or "
+            "redis+cluster://. Better set as LENVM_REDIS_URL if it holds a password.",
+            show_default="none",
+        ),
+    ] = None,
+    redis_lookup_ms: Annotated[
+        float | None, typer.Option(help="How long a request waits for Redis at most.", show_default="50")
+    ] = None,
+    redis_ttl_s: Annotated[
+        float | None, typer.Option(help="How long shared states live after their last use.", show_default="3600")
+    ] = None,
+    redis_queue_bytes: Annotated[
+        int | None, typer.Option(help="What may wait to be stored; more is dropped.", show_default="268435456")
+    ] = None,
+    redis_tenant_bytes: Annotated[
+        int | None, typer.Option(help="Bytes that a tenant may store.", show_default="no limit")
+    ] = None,
+    redis_payload: Annotated[
+        str | None,
+        typer.Option(help="exact, or int8: a quarter of the bytes, at a small error.", show_default="exact"),
     ] = None,
 ) -> None:
     """Serve predictions and scores over HTTP.

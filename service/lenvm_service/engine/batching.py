@@ -1,108 +1,38 @@
 """Dynamic batching: one thread takes what waits, up to a token budget, and answers it in one call.
 
-Whatever a batch raises reaches everyone who waits for it as a typed error; the thread then checks itself (the caller's
-``check``) before it takes work again, and goes on. Nothing ends it but ``close``.
+A batch that raises is tried again in halves until the row that makes it fail stands alone: that row gets a typed error,
+its neighbours their answers. After each failure the thread checks itself (the caller's ``check``) before it takes work
+again. Nothing ends it but ``close``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from lenvm_service.engine.jobs import Job, Reply, Result
+from lenvm_service.engine.queueing import BatcherOptions, BatchObserver, Cost, Entry, Reservation, Ticket
 from lenvm_service.errors import (
     DeadlineExceededError,
     InternalError,
     NotReadyError,
     OverloadedError,
     PayloadTooLargeError,
-    ServiceError,
 )
 
-__all__ = ["BatchObserver", "Batcher", "BatcherOptions", "Cost"]
+__all__ = ["Batcher"]
 
 logger = logging.getLogger(__name__)
 
 _PRIORITY_STEP_S = 0.1  # a lower priority is an arrival that much later: nothing waits for ever
 _IDLE_S = 0.2
 _MAX_CHECK_PAUSE_S = 5.0
+_LEAST_BUDGET = 16  # of the budget: a sixteenth is tried even where memory runs out again and again
 _GIVE_UP_AFTER = 8  # failed checks in a row after which only a restart of the process may help
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a job adds to a batch: new tokens, and attention cells as the engine pads them."""
-
-    tokens: int
-    cells: int = 0
-
-
-@dataclass(frozen=True)
-class BatcherOptions:
-    """``budget_tokens`` and ``budget_cells`` bound a batch (one job is always taken); ``wait_s`` is how long a batch
-    is held open for others; ``max_queue_tokens`` bounds what may wait; ``stall_s``: a heartbeat older than this is no
-    life sign."""
-
-    budget_tokens: int = 4096
-    budget_cells: int = 1 << 26
-    wait_s: float = 0.002
-    max_queue_tokens: int = 262_144
-    stall_s: float = 60.0
-
-
-class BatchObserver(Protocol):
-    """What the batcher tells the metrics."""
-
-    def waited(self, seconds: float) -> None: ...
-    def queued(self, tokens: int) -> None: ...
-    def batch(self, rows: int, tokens: int, seconds: float) -> None: ...
-    def is_ready(self, ready: bool) -> None: ...
-    def failed(self) -> None: ...
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A request: its jobs' results come in from one batch or several."""
-
-    results: list[Result | None]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[None]
-    arrived: float
-    deadline: float | None
-    missing: int
-    started: float | None = None
-    inference_s: float = 0.0
-    error: ServiceError | None = None
-    gone: bool = False  # nobody waits any more
-
-    def end(self, error: ServiceError | None = None) -> None:
-        """Wake whoever waits; called from the batcher's thread."""
-        self.gone, self.error = True, error
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to be told
-            self.loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        if not self.future.done():
-            self.future.set_result(None)
-
-
-@dataclass(order=True)
-class _Entry:
-    """One job in the queue, the earliest key first."""
-
-    key: float
-    order: int
-    ticket: _Ticket = field(compare=False)
-    at: int = field(compare=False)
-    job: Job = field(compare=False)
-    cost: Cost = field(compare=False)
 
 
 class Batcher:
@@ -113,6 +43,8 @@ class Batcher:
         cost: what a job adds to a batch.
         prepare: called on the thread before anything else (loads the model).
         check: called on the thread after ``run`` raised, until it returns: is the engine sound?
+        finish: called on the thread after a batch's answers were handed out: work that nobody waits for.
+        relieve: called on the thread when memory ran out, before the batch is tried again in parts.
     """
 
     def __init__(
@@ -123,6 +55,8 @@ class Batcher:
         options: BatcherOptions | None = None,
         prepare: Callable[[], None] = lambda: None,
         check: Callable[[int], None] = lambda attempt: None,
+        finish: Callable[[], None] = lambda: None,
+        relieve: Callable[[], None] = lambda: None,
         observer: BatchObserver | None = None,
         name: str = "engine",
     ) -> None:
@@ -131,17 +65,21 @@ class Batcher:
         self.state = "loading"
         self.failure: Exception | None = None
         self._run, self._cost, self._prepare, self._check = run, cost, prepare, check
+        self._finish, self._relieve = finish, relieve
         self._observer = observer
         self._condition = threading.Condition()
-        self._queue: list[_Entry] = []
+        self._queue: list[Entry] = []
         self._queued_tokens = 0
+        self._reserved_tokens = 0
+        self._halves: list[list[Entry]] = []  # of batches that failed: each is tried alone
+        self._budget = self.options.budget_tokens  # less than that after memory ran out
         self._order = 0
         self._tokens_per_s: float | None = None
         self._lone = True  # the last batch held one request and nothing waited: do not hold the next one open
         self._stopping = False
         self._failed_checks = 0
         self._beat = time.monotonic()
-        self._current: list[_Entry] = []  # the batch in hand
+        self._current: list[Entry] = []  # the batch in hand
         self._thread = threading.Thread(target=self._main, name=f"lenvm-{name}", daemon=True)
 
     # -- from outside --------------------------------------------------------------------------------------------------
@@ -171,24 +109,47 @@ class Batcher:
         fresh = time.monotonic() - self._beat < self.options.stall_s
         return self._thread.is_alive() and fresh and self._failed_checks < _GIVE_UP_AFTER
 
-    async def submit(self, jobs: Sequence[Job], *, deadline: float | None = None, priority: int = 0) -> Reply:
-        """Answer the jobs of one request. ``deadline``: ``time.monotonic()`` seconds; ``priority``: lower is earlier.
+    def reserve(self, tokens: int, *, deadline: float | None = None) -> Reservation:
+        """Room for about so many tokens, before they are known exactly; the same rule as for :meth:`submit`.
+
+        Raises OverloadedError or NotReadyError.
+        """
+        self._check_open()
+        with self._condition:
+            self._check_room(tokens, deadline)
+            self._reserved_tokens += tokens
+        return Reservation(tokens, self._unreserve)
+
+    def _unreserve(self, tokens: int) -> None:
+        with self._condition:
+            self._reserved_tokens -= tokens
+
+    async def submit(
+        self,
+        jobs: Sequence[Job],
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        reservation: Reservation | None = None,
+    ) -> Reply:
+        """Answer the jobs of one request. ``deadline``: ``time.monotonic()`` seconds; ``priority``: lower is earlier;
+        ``reservation``: room that was kept for it.
 
         A cancelled call drops what has not begun.
 
         Raises:
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or it is clear that the deadline cannot be kept.
             NotReadyError: loading, stopped, or beyond recovery.
             PayloadTooLargeError: more rows than the queue could ever hold.
             DeadlineExceededError: the deadline passed.
-            InternalError: a batch that held one of the jobs failed.
+            InternalError: the engine failed outside of any batch. A job that makes it fail gets that error as its row.
         """
         loop = asyncio.get_running_loop()
         now = time.monotonic()
-        ticket = _Ticket([None] * len(jobs), loop, loop.create_future(), now, deadline, len(jobs))
+        ticket = Ticket([None] * len(jobs), loop, loop.create_future(), now, deadline, len(jobs))
         if deadline is not None and deadline <= now:
             raise DeadlineExceededError("the deadline had passed when the request arrived: give it more time")
-        self._enqueue(ticket, jobs, now + _PRIORITY_STEP_S * priority)
+        self._enqueue(ticket, jobs, now + _PRIORITY_STEP_S * priority, reservation)
         try:
             async with asyncio.timeout(None if deadline is None else deadline - now):
                 await ticket.future
@@ -207,7 +168,7 @@ class Batcher:
             inference_ms=1000 * ticket.inference_s,
         )
 
-    def _enqueue(self, ticket: _Ticket, jobs: Sequence[Job], key: float) -> None:
+    def _enqueue(self, ticket: Ticket, jobs: Sequence[Job], key: float, reservation: Reservation | None = None) -> None:
         self._check_open()
         costs = [self._cost(job) for job in jobs]
         tokens = sum(cost.tokens for cost in costs)
@@ -216,21 +177,31 @@ class Batcher:
             raise PayloadTooLargeError(f"the request has {tokens} tokens, {limit} are allowed: split it")
         with self._condition:
             self._check_open()
-            # A single row larger than the queue is taken where nothing else waits: it could never come in otherwise.
-            if self._queue and self._queued_tokens + tokens > limit:
-                wait = self._drain_s()
-                raise OverloadedError(
-                    f"{self._queued_tokens} tokens wait already: try again in {wait:.1f} s", retry_after_s=wait
-                )
+            if reservation is not None:
+                reservation.release()  # the lock is ours: nobody else gets the room in between
+            self._check_room(tokens, None if reservation is not None else ticket.deadline)
             ahead, rate = 0, self._tokens_per_s or self.options.budget_tokens
             for at, (job, cost) in enumerate(zip(jobs, costs, strict=True)):
                 self._order += 1
                 # Later rows of a request count as later arrivals: a large one shares the engine with small ones.
-                heapq.heappush(self._queue, _Entry(key + ahead / rate, self._order, ticket, at, job, cost))
+                heapq.heappush(self._queue, Entry(key + ahead / rate, self._order, ticket, at, job, cost))
                 ahead += cost.tokens
             self._queued_tokens += tokens
             self._note_queue()
             self._condition.notify_all()
+
+    def _check_room(self, tokens: int, deadline: float | None) -> None:
+        """Raise OverloadedError where so many more tokens may not wait, or could not be answered in time."""
+        waiting = self._queued_tokens + self._reserved_tokens
+        # What is larger than the queue is taken where nothing else waits: it could never come in otherwise.
+        if not waiting:
+            return
+        until = waiting / self._tokens_per_s if self._tokens_per_s else 0.0
+        late = deadline is not None and time.monotonic() + until > deadline
+        if late or until > self.options.max_queue_s or waiting + tokens > self.options.max_queue_tokens:
+            wait = self._drain_s()
+            problem = f"{waiting} tokens wait already" + (", too many for the deadline" if late else "")
+            raise OverloadedError(f"{problem}: try again in {wait:.1f} s", retry_after_s=wait)
 
     def _check_open(self) -> None:
         if self._stopping or self.state in ("loading", "failed", "stopped") or self._failed_checks >= _GIVE_UP_AFTER:
@@ -243,9 +214,9 @@ class Batcher:
     def _drain_s(self) -> float:
         """Until half of what waits is done, at the rate of late."""
         rate = self._tokens_per_s or self.options.budget_tokens
-        return min(60.0, max(0.1, 0.5 * self._queued_tokens / rate))
+        return min(60.0, max(0.1, 0.5 * (self._queued_tokens + self._reserved_tokens) / rate))
 
-    def _drop(self, ticket: _Ticket) -> None:
+    def _drop(self, ticket: Ticket) -> None:
         """Take what has not begun out of the queue."""
         with self._condition:
             ticket.gone = True
@@ -284,11 +255,15 @@ class Batcher:
     def _serve(self) -> None:
         while not self._stopping:
             self._beat = time.monotonic()
-            batch = self._next_batch()
+            batch = self._next_half() if self._halves else self._next_batch()
             if batch and not self._answer(batch):
                 self._recover()
 
-    def _next_batch(self) -> list[_Entry]:
+    def _next_half(self) -> list[Entry]:
+        """What is left of a part of a batch that failed; its callers may have gone meanwhile."""
+        return [entry for entry in self._halves.pop() if not entry.ticket.gone]
+
+    def _next_batch(self) -> list[Entry]:
         """The jobs that go first, up to the budget; none after a short wait, so that the heart beats."""
         with self._condition:
             if not self._queue:
@@ -298,20 +273,20 @@ class Batcher:
                 return []
             if not self._lone:
                 opened = time.monotonic()
-                while self._queued_tokens < self.options.budget_tokens and not self._stopping:
+                while self._queued_tokens < self._budget and not self._stopping:
                     left = opened + self.options.wait_s - time.monotonic()
                     if left <= 0:
                         break
                     self._condition.wait(left)
             return self._take()
 
-    def _take(self) -> list[_Entry]:
-        batch: list[_Entry] = []
+    def _take(self) -> list[Entry]:
+        batch: list[Entry] = []
         tokens = cells = 0
         now = time.monotonic()
         while self._queue:
             cost = self._queue[0].cost
-            full = tokens + cost.tokens > self.options.budget_tokens or cells + cost.cells > self.options.budget_cells
+            full = tokens + cost.tokens > self._budget or cells + cost.cells > self.options.budget_cells
             if batch and full:
                 break
             entry = heapq.heappop(self._queue)
@@ -328,7 +303,7 @@ class Batcher:
         self._note_queue()
         return batch
 
-    def _answer(self, batch: list[_Entry]) -> bool:
+    def _answer(self, batch: list[Entry]) -> bool:
         """Run the batch and hand out what it gave; False where it raised."""
         since = time.monotonic()
         self._current = batch
@@ -340,34 +315,69 @@ class Batcher:
             results = self._run([entry.job for entry in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} answers to {len(batch)} jobs")
-        except BaseException:
+        except BaseException as error:
             logger.exception("%s: a batch of %d rows failed", self.name, len(batch))
-            self._fail_current()
+            self._contain(batch, error)
             return False
+        self._grow_budget()
         seconds = time.monotonic() - since
         tokens = sum(entry.cost.tokens for entry in batch)
         rate = tokens / max(seconds, 1e-6)
         self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate
-        for entry, result in zip(batch, results, strict=True):
-            entry.ticket.results[entry.at] = result
-            entry.ticket.missing -= 1
         for ticket in tickets:
             ticket.inference_s += seconds
-            if ticket.missing == 0 and not ticket.gone:
-                ticket.end()
+        for entry, result in zip(batch, results, strict=True):
+            self._give(entry, result)
         self._current = []
         if self._observer:
             for ticket in first:
                 self._observer.waited(since - ticket.arrived)
             self._observer.batch(len(batch), tokens, seconds)
+        try:
+            self._finish()
+        except Exception:  # everyone has their answer
+            logger.exception("%s: the work after a batch failed", self.name)
         return True
 
-    def _fail_current(self) -> None:
-        """Everyone who waits for the batch in hand hears that it failed."""
+    def _give(self, entry: Entry, result: Result) -> None:
+        ticket = entry.ticket
+        ticket.results[entry.at] = result
+        ticket.missing -= 1
+        if ticket.missing == 0 and not ticket.gone:
+            ticket.end()
+
+    def _contain(self, batch: list[Entry], error: BaseException) -> None:
+        """A batch failed: its halves are tried alone, until whoever is guilty stands alone and gets the error."""
         # Not ready before anyone hears of it: who asks next must see that something happened.
         self._become("recovering")
-        batch, self._current = self._current, []
-        for ticket in {id(entry.ticket): entry.ticket for entry in batch}.values():
+        self._current = []
+        if self._observer:
+            self._observer.failed()
+        out_of_memory = _is_out_of_memory(error)
+        if out_of_memory:
+            self._budget = max(self.options.budget_tokens // _LEAST_BUDGET, self._budget // 2)
+            self._relieve()
+        if len(batch) > 1:
+            self._halves += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+        elif out_of_memory and not batch[0].tried:
+            batch[0].tried = True
+            self._halves.append(batch)
+        elif out_of_memory:
+            self._give(batch[0], OverloadedError("the device has no memory for this row: try again", retry_after_s=1.0))
+        else:
+            self._give(batch[0], InternalError("the engine failed on this row"))
+
+    def _grow_budget(self) -> None:
+        if self._budget < self.options.budget_tokens:
+            self._budget = min(self.options.budget_tokens, self._budget + max(1, self.options.budget_tokens // 64))
+
+    def _fail_current(self) -> None:
+        """Everyone who waits for the batch in hand, or for a part of one that failed, hears that it failed."""
+        # Not ready before anyone hears of it: who asks next must see that something happened.
+        self._become("recovering")
+        entries = self._current + [entry for half in self._halves for entry in half]
+        self._current, self._halves = [], []
+        for ticket in {id(entry.ticket): entry.ticket for entry in entries}.values():
             if not ticket.gone:
                 ticket.end(InternalError("the engine failed on this batch: try again"))
         if self._observer:
@@ -385,6 +395,7 @@ class Batcher:
             except BaseException:
                 self._failed_checks += 1
                 logger.exception("%s: check %d after a failure failed", self.name, self._failed_checks)
+                self._fail_current()  # it was not a row's fault: nobody is kept waiting for the next try
                 if self._failed_checks >= _GIVE_UP_AFTER:
                     self._refuse_all()
                 with self._condition:
@@ -407,3 +418,9 @@ class Batcher:
         for ticket in {id(entry.ticket): entry.ticket for entry in entries}.values():
             if not ticket.gone:
                 ticket.end(NotReadyError(f"the model {self.name} takes no work any more", retry_after_s=1.0))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of the host, of CUDA (torch's error by name: torch need not be here), or of ONNX Runtime."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "Failed to allocate memory" in str(error)

@@ -19,8 +19,10 @@ from lenvm.returns import horizon_from_logit, value_from_logit
 from lenvm.scoring import RowScore, Scorer, ScoreRow
 from lenvm_service.answers import prediction_fields, token_score_fields
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Result, TokenScoreJob
-from lenvm_service.engine.sessions import Chain, SessionStore
-from lenvm_service.errors import OverloadedError, PrefixUnknownError
+from lenvm_service.engine.prefixes import PrefixStore
+from lenvm_service.engine.sessions import SessionStore
+from lenvm_service.errors import OverloadedError
+from lenvm_service.prefix_cache import Chain, SessionRecord
 
 __all__ = ["BatchCounts", "EngineCore", "model_sha"]
 
@@ -43,7 +45,23 @@ class BatchCounts:
     cached_tokens: int = 0
     promoted_tokens: int = 0
     forwards: int = 0
+    shared_tokens: int = 0  # of the cached ones, those that came from the shared tier
+    memoised: int = 0  # rows whose numbers came from there
     guided: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))  # (kind, method) -> rows
+
+
+class _NoState:
+    """Stands for the state of a prefix whose numbers alone are known."""
+
+    length = 0
+    logit = float("nan")
+    bin_logprobs = None
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+_NO_STATE = _NoState()
 
 
 @dataclass
@@ -56,6 +74,7 @@ class _Work:
     chain: Chain | None = None  # of the whole prefix; None: nothing is kept of it
     terminal: list[bool] = field(default_factory=list)  # which candidates end the answer
     score: RowScore | None = None
+    known: bool = False  # its numbers came from the shared tier: nothing to compute, and no state
 
 
 class EngineCore:
@@ -66,6 +85,7 @@ class EngineCore:
         tokenizer: used to show tokens.
         eos_ids: ids that end an answer.
         secret: key of the session handles, 16 to 64 bytes.
+        shared_secret: key of the blocks' keys, of all replicas; empty for none.
     """
 
     def __init__(
@@ -76,6 +96,7 @@ class EngineCore:
         *,
         eos_ids: Sequence[int],
         secret: bytes,
+        shared_secret: bytes = b"",
         sessions: SessionStore | None = None,
     ) -> None:
         self.config = config
@@ -85,13 +106,21 @@ class EngineCore:
         self.eos_id = next(iter(eos_ids))
         self.sha = model_sha(config)
         self.calibration = Calibration.from_dict(config.calibration)
-        self.sessions = SessionStore() if sessions is None else sessions
+        layout = scorer.layout
+        self.prefixes = PrefixStore(
+            model_sha=self.sha,
+            layout=repr(layout),
+            block_tokens=layout.tokens if layout else 32,
+            secret=secret,
+            shared_secret=shared_secret,
+            sessions=sessions,
+        )
         self.counts = BatchCounts()
-        self._root = Chain.root(secret, self.sha)
 
-    def handle_of(self, token_ids: Sequence[int]) -> str:
-        """The session handle that a prefix has, whether or not it is held. Thread-safe."""
-        return self._root.extend(token_ids).handle
+    @property
+    def sessions(self) -> SessionStore:
+        """The sessions that are held."""
+        return self.prefixes.sessions
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
         """Answer all jobs, aligned, in one scorer call where the pool allows. A bad job gets its error and no other.
@@ -99,6 +128,7 @@ class EngineCore:
         Raises only what is nobody's fault but ours; nothing is half done then.
         """
         self.counts = BatchCounts()
+        self.prefixes.begin()
         before = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
         results: list[Result | None] = [None] * len(jobs)
         works: dict[int, _Work] = {}
@@ -113,6 +143,7 @@ class EngineCore:
         self._score(works, results)
         after = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
         counts = self.counts
+        counts.shared_tokens = self.prefixes.shared_tokens
         counts.computed_tokens, counts.promoted_tokens, counts.forwards = (
             b - a for a, b in zip(before, after, strict=True)
         )
@@ -131,7 +162,8 @@ class EngineCore:
             work.terminal = [token in terminal for token in job.candidates]
             scored = [token for token, ends in zip(job.candidates, work.terminal, strict=True) if not ends]
             work.row = ScoreRow(work.row.state, work.row.append, scored)
-        self.scorer.check(work.row)
+        if not work.known:
+            self.scorer.check(work.row)
         return work
 
     def _prepare_tokens(self, job: TokenScoreJob) -> _Work:
@@ -160,25 +192,30 @@ class EngineCore:
         if len(ids) and (min(ids) < 0 or max(ids) >= self.scorer.vocab_size):  # before they go into the digest
             name = "token_ids" if prefix.session is None else "append"
             raise InvalidRequestError(f"{name} must be in [0, {self.scorer.vocab_size})", param=name)
-        if prefix.session is None:
-            if not len(ids):
-                raise InvalidRequestError("the prompt is empty: give at least one token", param="token_ids")
-            chain = self._root.extend(ids)
-            state, append = None, ids
-        else:
-            session = self.sessions.get(prefix.session)
-            if session is None:
-                raise PrefixUnknownError("this session is not held here: send the whole prefix", param="session")
-            chain, state, append = session.chain.extend(ids), session.state, ids
+        chain, state = self.prefixes.resolve(prefix)
+        if job.generated < 0 or job.generated > chain.length:
+            raise InvalidRequestError(
+                f"generated must be from 0 to the prefix's {chain.length} tokens, not {job.generated}",
+                param="generated",
+            )
+        shared = prefix.shared
         same = self.sessions.get(chain.handle)
         if same is not None:  # asked before, perhaps by way of another chain: only candidates are left to compute
-            state, append = same.state, ()
-        length = (state.length if state is not None else 0) + len(append)
-        if job.generated < 0 or job.generated > length:
-            raise InvalidRequestError(
-                f"generated must be from 0 to the prefix's {length} tokens, not {job.generated}", param="generated"
-            )
-        return _Work(job, ScoreRow(state, append), length, chain)
+            return _Work(job, ScoreRow(same.state), chain.length, chain)
+        if shared is not None and shared.record is not None and isinstance(job, PredictJob):
+            return self._known(job, chain, shared.record)
+        # A prefix that is too long is refused: nothing is let go for its sake.
+        if state is None and chain.length <= self.scorer.context:
+            state, tokens = self.prefixes.from_blocks(self.scorer, chain, shared)
+            ids = ids[tokens:]
+        return _Work(job, ScoreRow(state, ids), chain.length, chain)
+
+    def _known(self, job: PredictJob, chain: Chain, record: SessionRecord) -> _Work:
+        """A prediction whose numbers another replica has computed."""
+        bins = None if record.bin_logprobs is None else record.bin_logprobs[None]
+        score = RowScore(_NO_STATE, np.array([record.logit]), bins, np.empty(0), None, chain.length)
+        self.counts.memoised += 1
+        return _Work(job, ScoreRow(_NO_STATE), chain.length, chain, score=score, known=True)
 
     def _check_candidates(self, job: CandidateJob) -> None:
         if not len(job.candidates):
@@ -225,6 +262,9 @@ class EngineCore:
         """Score and answer all rows, in as few scorer calls as the pool allows; what has no room even alone, with no
         session left, is an overload of its row."""
         pool = self.scorer.pool
+        self._answer({at: work for at, work in works.items() if work.known}, results)
+        for at in [at for at, work in works.items() if work.known]:
+            del works[at]
         groups = [list(works)] if works else []
         while groups:
             group = groups.pop()
@@ -233,8 +273,7 @@ class EngineCore:
             if needed >= pool.max_blocks and len(group) > 1:
                 groups += halves
                 continue
-            while pool.free_blocks < needed and self.sessions.evict():
-                pass
+            self.prefixes.make_room(self.scorer, needed)
             try:
                 self._score_group({at: works[at] for at in group}, results)
             except PoolExhaustedError:
@@ -273,8 +312,8 @@ class EngineCore:
             assert work.score is not None
             if work.chain is None:
                 work.score.state.close()
-            else:
-                self.sessions.put(work.chain, work.score.state)
+            elif not work.known:
+                self.prefixes.keep(self.scorer, work.chain, work.score)
 
     def _predictions(self, works: list[_Work]) -> list[Result]:
         found: list[Result] = [{} for _ in works]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 from lenvm.config import LenVMConfig
 from lenvm.errors import InvalidRequestError
 from lenvm.guidance import Objective
-from lenvm_service.engine.batching import Batcher, BatcherOptions, Cost
+from lenvm.scoring import ScoreRow
+from lenvm_service.engine.batching import Batcher
 from lenvm_service.engine.core import EngineCore
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Reply, Result, TokenScoreJob
 from lenvm_service.engine.loading import EngineOptions, Loaded, load_core
+from lenvm_service.engine.queueing import BatcherOptions, Cost, Reservation
+from lenvm_service.engine.sharing import ask_shared, leave_shared
 from lenvm_service.errors import PrefixUnknownError
 from lenvm_service.metrics import EngineMetrics
+from lenvm_service.prefix_cache import Codec
+from lenvm_service.prefix_cache.redis_tier import RedisTier, TierOptions
 
 if TYPE_CHECKING:
     from lenvm_service.metrics import Metrics
@@ -31,12 +37,14 @@ logger = logging.getLogger(__name__)
 
 _KINDS: dict[type, str] = {PredictJob: "predict", TokenScoreJob: "tokens", CandidateJob: "candidates"}
 _PREDICTIONS_KEPT = 65_536
+_MEASURED = 128  # tokens: fewer tell little about the rate of a prefill
 # transformers builds a model under settings of the whole process (meta device, default dtype): one at a time.
 _LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class _Predicted:
+    tenant: str
     generated: int
     horizon: float
     quantiles: dict[str, int]
@@ -58,6 +66,7 @@ class Engine:
         self.options = options
         self._metrics = metrics
         self._loaded: Loaded | None = None
+        self.tier: RedisTier | None = None
         self._predicted: OrderedDict[str, _Predicted] = OrderedDict()
         self._lock = threading.Lock()
         self.loaded_at = 0.0
@@ -69,10 +78,13 @@ class Engine:
                 budget_tokens=tokens,
                 wait_s=options.batch_wait_s,
                 max_queue_tokens=options.max_queue_tokens,
+                max_queue_s=options.max_queue_s,
                 stall_s=options.stall_s,
             ),
             prepare=self._load,
             check=self._check,
+            finish=self._share,
+            relieve=self._relieve,
             observer=metrics,
             name=name,
         )
@@ -88,10 +100,12 @@ class Engine:
             batch_tokens=settings.batch_tokens,
             batch_wait_s=settings.batch_wait_ms / 1000,
             max_queue_tokens=settings.max_queue_tokens,
+            max_queue_s=settings.max_queue_s,
             cache_tokens=settings.cache_tokens,
             models=len(settings.model),
             stall_s=settings.stall_s,
             secret=secret,
+            tier=_tier_options(settings, secret),
         )
         return cls(name, source, options, metrics.engine(name))
 
@@ -104,6 +118,8 @@ class Engine:
     def close(self) -> None:
         """End the thread after the batch in hand."""
         self.batcher.close()
+        if self.tier is not None:
+            self.tier.close()
 
     @property
     def state(self) -> str:
@@ -192,16 +208,41 @@ class Engine:
 
     # -- work ----------------------------------------------------------------------------------------------------------
 
-    async def submit(self, jobs: Sequence[Job], *, deadline: float | None = None, priority: int = 0) -> Reply:
+    def reserve(self, tokens: int, *, deadline: float | None = None) -> Reservation:
+        """Room in the queue for a request that is still to be tokenised; see :meth:`Batcher.reserve`."""
+        return self.batcher.reserve(tokens, deadline=deadline)
+
+    async def submit(
+        self,
+        jobs: Sequence[Job],
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        reservation: Reservation | None = None,
+    ) -> Reply:
         """Answer a request's jobs; see :meth:`Batcher.submit`."""
-        reply = await self.batcher.submit(jobs, deadline=deadline, priority=priority)
+        asked, nbytes, tier = jobs, 0, self.tier
+        if tier is not None and self.batcher.ready:
+            found = await ask_shared(self.core, tier, jobs, deadline)
+            asked, nbytes = found.jobs, found.nbytes
+            tier.took(nbytes)
+        try:
+            reply = await self.batcher.submit(asked, deadline=deadline, priority=priority, reservation=reservation)
+        finally:
+            if tier is not None:
+                tier.took(-nbytes)
         for job, result in zip(jobs, reply.results, strict=True):
             if isinstance(job, PredictJob) and isinstance(result, dict):
-                self._remember(result, job.generated)
+                self._remember(result, job)
         return reply
 
     def feedback(
-        self, prediction_id: str | None, token_ids: Sequence[int] | None, generated_tokens: int, finish_reason: str
+        self,
+        prediction_id: str | None,
+        token_ids: Sequence[int] | None,
+        generated_tokens: int,
+        finish_reason: str,
+        tenant: str = "",
     ) -> None:
         """Compare an answer's realised length (content tokens, all of them) with what was predicted for it.
 
@@ -213,10 +254,10 @@ class Engine:
             ids = list(token_ids or ())
             if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise InvalidRequestError(f"token_ids must be in [0, {self.vocab_size})", param="token_ids")
-            prediction_id = self.core.handle_of(ids)
+            prediction_id = self.core.prefixes.handle_of(ids, tenant)
         with self._lock:
             predicted = self._predicted.get(prediction_id)
-        if predicted is None:
+        if predicted is None or predicted.tenant != tenant:
             raise PrefixUnknownError("no prediction for this prefix is remembered here", param="prediction_id")
         came = generated_tokens - predicted.generated
         if came < 0:
@@ -234,8 +275,8 @@ class Engine:
                 quantiles=list(predicted.quantiles.values()),
             )
 
-    def _remember(self, row: dict[str, Any], generated: int) -> None:
-        predicted = _Predicted(generated, row["horizon"], row["quantiles"] or {})
+    def _remember(self, row: dict[str, Any], job: PredictJob) -> None:
+        predicted = _Predicted(job.prefix.tenant, job.generated, row["horizon"], row["quantiles"] or {})
         with self._lock:
             self._predicted[row["prediction_id"]] = predicted
             self._predicted.move_to_end(row["prediction_id"])
@@ -249,12 +290,51 @@ class Engine:
         with _LOADING:
             self._loaded = load_core(self.source, self.options, on_progress=lambda: self.batcher.beat())
         self._canary()
+        if self.options.tier is not None:
+            self.tier = self._start_tier(self.options.tier)
         self.loaded_at = time.time()
         logger.info("model %s is ready after %.1f s", self.name, time.monotonic() - since)
 
+    def _start_tier(self, options: TierOptions) -> RedisTier | None:
+        core = self.core
+        layout, bins = core.scorer.layout, core.scorer.bins
+        if layout is None:
+            logger.warning("model %s: prefix states cannot leave this engine's device: none is shared", self.name)
+            return None
+        if self.options.secret is None:
+            logger.warning("no secret is set: replicas share states of prefixes, and no sessions")
+        codec = Codec(layout, num_bins=bins.size if bins else 0, secret=options.secret, payload=options.payload)
+        tier = RedisTier(codec, options, self._metrics or EngineMetrics.nowhere(), name=self.name)
+        token = next(token for token in range(core.scorer.vocab_size) if token not in core.eos_ids)
+        for _ in range(2):  # the first one may still allocate
+            since = time.perf_counter()
+            core.scorer.score([ScoreRow(append=[token] * _MEASURED)])
+            seconds = time.perf_counter() - since
+        tier.costs.computed(_MEASURED, seconds)
+        tier.start()
+        return tier
+
+    def _share(self) -> None:
+        if self.tier is not None:
+            leave_shared(self.core, self.tier)
+        else:
+            self.core.prefixes.begin()  # nobody wants what was added
+
+    def _relieve(self) -> None:
+        """Memory ran out: let go of what only saves time."""
+        self.core.prefixes.clear()
+        if self.options.device.startswith("cuda"):
+            with contextlib.suppress(ImportError):
+                import torch
+
+                torch.cuda.empty_cache()
+
     def _run(self, jobs: Sequence[Job]) -> list[Result]:
         core = self.core
+        since = time.perf_counter()
         results = core.run(jobs)
+        if self.tier is not None and core.counts.computed_tokens >= _MEASURED:
+            self.tier.costs.computed(core.counts.computed_tokens, time.perf_counter() - since)
         if self._metrics is not None:
             for job, result in zip(jobs, results, strict=True):
                 outcome = "ok" if isinstance(result, dict) else result.code
@@ -277,7 +357,7 @@ class Engine:
         """Is the engine sound? Sessions survive a failure if so; a second try starts with an empty pool."""
         if attempt:
             assert self._loaded is not None
-            self.core.sessions.clear()
+            self.core.prefixes.clear()
             self.core.scorer = self._loaded.new_scorer()
         self._canary()
 
@@ -304,3 +384,17 @@ class Engine:
             tokens = len(job.prefix.token_ids) + (len(job.candidates) if isinstance(job, CandidateJob) else 0)
         wide = 1 << max(0, tokens - 1).bit_length()  # rows of like width are padded to the widest of them
         return Cost(max(1, tokens), wide * (wide + held))
+
+
+def _tier_options(settings: Settings, secret: bytes | None) -> TierOptions | None:
+    if settings.redis_url is None:
+        return None
+    return TierOptions(
+        settings.redis_url.get_secret_value(),
+        lookup_s=settings.redis_lookup_ms / 1000,
+        ttl_s=settings.redis_ttl_s,
+        queue_bytes=settings.redis_queue_bytes,
+        quota_bytes=settings.redis_tenant_bytes,
+        payload=settings.redis_payload,
+        secret=secret or b"",
+    )

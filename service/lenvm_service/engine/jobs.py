@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lenvm.errors import LenVMError
 from lenvm.guidance import Objective
+from lenvm_service.prefix_cache import SessionRecord
 
-__all__ = ["CandidateJob", "Job", "PredictJob", "Prefix", "Reply", "Result", "TokenScoreJob"]
+__all__ = ["CandidateJob", "Job", "PredictJob", "Prefix", "Reply", "Result", "Shared", "TokenScoreJob"]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prefix: all of its tokens (``session`` None), or a session's and those that were appended since."""
+    """A prefix: all of its tokens (``session`` None), or a session's and those that were appended since.
+
+    ``tenant``: whose it is; nobody else's prefixes are of use to it. ``shared``: what the shared tier has of it.
+    """
 
     token_ids: Sequence[int] = ()
     session: str | None = None
+    tenant: str = ""
+    shared: Shared | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Blocks of a prefix that came from the shared tier, from number ``first`` on, or the numbers at its end."""
+
+    first: int = 0
+    payloads: Sequence[NDArray[np.uint8]] = ()
+    record: SessionRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lenvm.errors import InvalidRequestError
 from lenvm.export import backend_of
 from lenvm.scoring import Scorer
 from lenvm_service.engine.core import EngineCore
+from lenvm_service.prefix_cache.redis_tier import TierOptions
 
 __all__ = ["EngineOptions", "Loaded", "load_core"]
 
@@ -27,7 +28,8 @@ class EngineOptions:
     ``backend``: auto, torch or onnx; ``dtype`` is for torch, an export has its own.
     ``batch_tokens``: new tokens a batch (None: 4,096 on the CPU, 16,384 on a GPU). ``cache_tokens``: tokens of prefix
     states held (None: what a quarter of the memory holds, shared by ``models`` models). ``secret``: key of the session
-    handles, 16 to 64 bytes (None: a fresh one).
+    handles, and of what is shared, 16 to 64 bytes (None: a fresh one for the handles, none for what is shared).
+    ``tier``: where prefix states are shared (None: nowhere).
     """
 
     backend: str = "auto"
@@ -36,10 +38,12 @@ class EngineOptions:
     batch_tokens: int | None = None
     batch_wait_s: float = 0.002
     max_queue_tokens: int = 262_144
+    max_queue_s: float = 30.0
     cache_tokens: int | None = None
     models: int = 1
     stall_s: float = 60.0
     secret: bytes | None = None
+    tier: TierOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,14 @@ def _load_onnx(folder: Path, options: EngineOptions, on_progress: Callable[[], N
 
 
 def _core(config: LenVMConfig, tokenizer: object, folder: Path, scorer: Scorer, options: EngineOptions) -> EngineCore:
-    secret = options.secret or os.urandom(32)
-    return EngineCore(config, tokenizer, scorer, eos_ids=load_eos_ids(folder), secret=secret)
+    return EngineCore(
+        config,
+        tokenizer,
+        scorer,
+        eos_ids=load_eos_ids(folder),
+        secret=options.secret or os.urandom(32),
+        shared_secret=options.secret or b"",
+    )
 
 
 def _cache_tokens(options: EngineOptions, context: int, token_bytes: int, free: int, *, most: int | None) -> int:

@@ -1,45 +1,19 @@
 """Sessions: immutable handles on prefixes whose states the scorer holds.
 
-A handle is a keyed digest of the model and the prefix's tokens, however they arrived: the same prefix has the same
-handle, a repeated call gives the same answer, and nobody can make a handle for a prefix that they have not sent.
+A handle is a keyed digest of the model, the tenant and the prefix's tokens, however they arrived
+(:class:`lenvm_service.prefix_cache.Chain`): the same prefix has the same handle, a repeated call gives the same answer,
+and nobody can make a handle for a prefix that they have not sent.
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Chain", "Session", "SessionStore"]
+from lenvm_service.prefix_cache import Chain
 
-_DIGEST_BYTES = 16
-_PREFIX = "s-"
-
-
-class Chain:
-    """A digest over a prefix that can be carried on: ``extend`` costs only the tokens that it adds."""
-
-    __slots__ = ("_hash", "handle")
-
-    def __init__(self, hash_: Any) -> None:
-        self._hash = hash_
-        self.handle: str = _PREFIX + hash_.hexdigest()
-
-    @classmethod
-    def root(cls, secret: bytes, model_sha: str) -> Chain:
-        """The empty prefix under one model. ``secret``: at most 64 bytes; replicas that share it share handles."""
-        return cls(hashlib.blake2b(model_sha.encode(), digest_size=_DIGEST_BYTES, key=secret))
-
-    def extend(self, token_ids: Sequence[int]) -> Chain:
-        """The chain of this prefix and ``token_ids`` after it."""
-        if not len(token_ids):
-            return self
-        carried = self._hash.copy()
-        carried.update(struct.pack(f"<{len(token_ids)}q", *token_ids))
-        return Chain(carried)
+__all__ = ["Session", "SessionStore"]
 
 
 @dataclass
@@ -48,6 +22,7 @@ class Session:
 
     state: Any
     chain: Chain
+    used: int = 0  # tick of its last use
 
     @property
     def held_candidates(self) -> int:
@@ -62,9 +37,13 @@ class SessionStore:
         max_sessions: handles kept.
         max_candidates: candidates kept for promotion, over all sessions; older sessions lose theirs, which costs a
             token of computation when they are continued and nothing else.
+        tick: the clock of last uses, shared with the blocks, so that both give way in one order.
     """
 
-    def __init__(self, *, max_sessions: int = 65_536, max_candidates: int = 8_192) -> None:
+    def __init__(
+        self, *, max_sessions: int = 65_536, max_candidates: int = 8_192, tick: list[int] | None = None
+    ) -> None:
+        self.tick = [0] if tick is None else tick
         self.max_sessions = max_sessions
         self.max_candidates = max_candidates
         self.evicted = 0
@@ -80,7 +59,20 @@ class SessionStore:
         session = self._sessions.get(handle)
         if session is not None:
             self._sessions.move_to_end(handle)
+            self.tick[0] += 1
+            session.used = self.tick[0]
         return session
+
+    def __contains__(self, handle: object) -> bool:
+        """True where the handle is held; may be asked from any thread."""
+        return handle in self._sessions
+
+    @property
+    def oldest(self) -> int | None:
+        """When the session that would go next was last used; None where there is none."""
+        for session in self._sessions.values():
+            return session.used
+        return None
 
     def put(self, chain: Chain, state: Any) -> str:
         """Keep ``state`` under the chain's handle, instead of an older state of the same prefix."""
@@ -89,7 +81,8 @@ class SessionStore:
             if older.held_candidates and state.scored is None:
                 state = older.state  # a prediction in between must not cost the next step its promotion
             self._forget_candidates(chain.handle)
-        session = self._sessions[chain.handle] = Session(state, chain)
+        self.tick[0] += 1
+        session = self._sessions[chain.handle] = Session(state, chain, self.tick[0])
         if session.held_candidates:
             self._holding[chain.handle] = session.held_candidates
             self._held += session.held_candidates
