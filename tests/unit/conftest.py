@@ -14,32 +14,6 @@ EOS = 2
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder with an untrained head over the tiny backbone; its bins go up to 64."""
-    import torch
-
-    from lenvm.config import GeneratorRef, HeadConfig
-    from lenvm.distribution import LengthBins
-    from lenvm.modeling import LengthValueModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        model = LengthValueModel.create(
-            tiny_backbone,
-            name="tiny",
-            head=HeadConfig(16, LengthBins(cap=64)),
-            gamma=0.99,
-            generator=GeneratorRef(str(tiny_backbone), 0.7, 1.0, 64),
-        )
-        # An untrained head hardly tells states apart: larger weights make every mistake visible.
-        for parameter in model.head.parameters():
-            parameter.data.mul_(4.0)
-    folder = tmp_path_factory.mktemp("tiny-checkpoint")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint as an ONNX export."""
     from lenvm.export.run import export_model

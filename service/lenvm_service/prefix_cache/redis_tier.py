@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -193,7 +194,7 @@ class RedisTier:
     def _session(self, handle: str, root: bytes) -> tuple[SessionRecord | None, str]:
         key = handle.encode()
         value = self._client.get(session_name(key))
-        record = None if value is None else self._checked(lambda: self.codec.unpack_session(root, key, value))
+        record = None if value is None else self._checked(partial(self.codec.unpack_session, root, key, value))
         return record, "miss" if record is None else "session"
 
     def _find(self, wants: Sequence[Want]) -> tuple[list[Found], str]:
@@ -212,7 +213,8 @@ class RedisTier:
         values = dict(zip(memos, answers[len(keys) :], strict=True))
         records = [self._memo(want, values) for want in wants]
         runs = [self._run(want, sizes) if record is None else [] for want, record in zip(wants, records, strict=True)]
-        payloads = self._fetch(runs, wants[0].chain.root.digest) if any(runs) else {}
+        roots = {key: want.chain.root.digest for want, run in zip(wants, runs, strict=True) for key in run}
+        payloads = self._fetch(roots) if roots else {}
         found = []
         for record, run in zip(records, runs, strict=True):
             blocks: list[NDArray[np.uint8]] = []
@@ -232,7 +234,7 @@ class RedisTier:
         if value is None:
             return None
         key, root = want.chain.handle.encode(), want.chain.root.digest
-        record: SessionRecord | None = self._checked(lambda: self.codec.unpack_session(root, key, value))
+        record: SessionRecord | None = self._checked(partial(self.codec.unpack_session, root, key, value))
         if record is None or record.tokens != want.chain.packed:
             return None
         self._observer.memo()
@@ -250,10 +252,11 @@ class RedisTier:
             most -= 1
         return run[:most] if self.costs.worth(most) else []
 
-    def _fetch(self, runs: Sequence[Sequence[bytes]], root: bytes) -> dict[bytes, NDArray[np.uint8]]:
+    def _fetch(self, roots: dict[bytes, bytes]) -> dict[bytes, NDArray[np.uint8]]:
+        """Blocks by key, those that are right; ``roots``: the root digest that each key belongs to."""
         found: dict[bytes, NDArray[np.uint8]] = {}
         missing: list[bytes] = []
-        for key in dict.fromkeys(key for run in runs for key in run):
+        for key in roots:
             arrived = self._arrived.get(key)
             if arrived is None:
                 missing.append(key)
@@ -274,7 +277,7 @@ class RedisTier:
             if value is None:
                 continue
             nbytes += len(value)
-            payload = self._checked(lambda key=key, value=value: self.codec.unpack_block(root, key, value))  # type: ignore[misc]
+            payload = self._checked(partial(self.codec.unpack_block, roots[key], key, value))
             if payload is not None:
                 found[key] = self._arrived[key] = payload
         self.costs.fetched(nbytes, time.perf_counter() - since - (self.costs.round_trip_s or 0.0))
