@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install pull demo serve stop check test bench clean
+.PHONY: help install pull demo serve stop check redis test bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -68,8 +68,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+redis:
+	@command -v redis-server > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server; \
+	  else echo "error: the tests need a redis-server: install it first (on Debian: apt-get install redis-server)" >&2; exit 1; fi; }
+
 # With the backbone there, nothing may be skipped for want of it.
-test: pull
+test: pull redis
 	LENVM_REQUIRE_REAL=1 $(BIN)/python -m pytest $(ARGS)
 
 bench: pull

@@ -59,6 +59,20 @@ def test_every_route_is_described(made: dict[str, Any]) -> None:
 def test_every_reference_resolves_and_nothing_is_left_over(made: dict[str, Any]) -> None:
     text = json.dumps(made)
     used = set(re.findall(r'"#/components/(\w+/\w+)"', text))
+    schemes = [name for path in made["paths"].values() for operation in path.values() for name in _schemes(operation)]
+    used |= {f"securitySchemes/{name}" for name in schemes}
     there = {f"{kind}/{name}" for kind, entries in made["components"].items() for name in entries}
     assert used == there
     assert "HTTPValidationError" not in text
+
+
+def test_every_operation_but_liveness_may_want_a_key(made: dict[str, Any]) -> None:
+    for path, operations in made["paths"].items():
+        for operation in operations.values():
+            open_to_all = path == "/health/live"
+            assert bool(_schemes(operation)) is not open_to_all
+            assert ("401" in operation["responses"]) is not open_to_all
+
+
+def _schemes(operation: dict[str, Any]) -> list[str]:
+    return [name for choice in operation.get("security", ()) for name in choice]

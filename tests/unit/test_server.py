@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -299,6 +300,47 @@ def test_bytes_that_are_no_http_and_bodies_that_never_end(start: Callable[..., P
     assert post(server.url).status_code == 200
     assert server.end(signal.SIGTERM) == 0
     assert not [line for line in server.log if "Traceback" in line or "h2c" in line.lower()]
+
+
+def test_who_sends_too_slowly_is_cut_off_and_nobody_else(start: Callable[..., Process]) -> None:
+    server = start("read_timeout_s=0.4")
+    server.ready()
+    url = server.listening()
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+
+    def drip(*parts: bytes) -> bytes:
+        """Each part, then a byte every tenth of a second, which does not help."""
+        with socket.create_connection(address, timeout=30) as raw:
+            for part in parts:
+                raw.sendall(part)
+            raw.settimeout(0.1)
+            answer = b""
+            while True:
+                try:
+                    piece = raw.recv(65536)
+                except TimeoutError:
+                    with contextlib.suppress(OSError):
+                        raw.sendall(b"x")
+                    continue
+                except OSError:  # reset: our last byte came after the end
+                    return answer
+                if not piece:
+                    return answer
+                answer += piece
+
+    slow_head = drip(b"POST /score HTTP/1.1\r\nhost: x\r\nx-a: ")
+    assert slow_head.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"request_timeout"' in slow_head
+    assert drip().startswith(b"HTTP/1.1 408 ")  # says nothing at all
+    assert drip(b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{") == b""
+    # A connection that waits between two requests is none of these.
+    with httpx2.Client(base_url=url) as client:
+        for _ in range(3):
+            assert client.post("/predict_length", json={"prompt": "a"}).status_code == 200
+            time.sleep(0.6)
+    assert "lenvm_requests_in_flight 1.0" in httpx2.get(f"{url}/metrics").text
+    assert server.end(signal.SIGTERM) == 0
+    assert not [line for line in server.log if "Traceback" in line]
 
 
 def test_a_caller_that_goes_is_noticed(start: Callable[..., Process]) -> None:

@@ -41,10 +41,11 @@ _BODIES: Mapping[str, tuple[type[BaseModel], ...]] = {
 """The forms that each route's body may have."""
 _DESCRIPTIONS = {
     400: "The body is no JSON text in UTF-8.",
+    401: "An API key is wanted (where the service has keys), or another one.",
     404: "There is no such model here.",
     413: "The body, the number of rows or a row is larger than the limits in /info.",
     422: "Well-formed, but wrong.",
-    429: "The queue is full; Retry-After says when to come back.",
+    429: "The queue is full, or this key asks too often; Retry-After says when to come back.",
     500: "The service failed; its log has the cause under the request id.",
     503: "A model is not ready, or the process is shutting down.",
     504: "The deadline passed.",
@@ -122,6 +123,10 @@ def _build(app: FastAPI) -> dict[str, Any]:
     del components["schemas"][Objective.__name__]
     components["headers"] = _HEADERS
     components["parameters"] = {"XRequestId": _REQUEST_ID}
+    components["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "Where the service was given --api-keys."},
+        "header": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},
+    }
     for path, operations in made["paths"].items():
         for operation in operations.values():
             _complete(path, operation)
@@ -131,6 +136,10 @@ def _build(app: FastAPI) -> dict[str, Any]:
 def _complete(path: str, operation: dict[str, Any]) -> None:
     """Add what FastAPI cannot know: the body, headers, and examples (whose nulls it would drop)."""
     operation["parameters"] = [{"$ref": "#/components/parameters/XRequestId"}]
+    if path != "/health/live":
+        operation["security"] = [{}, {"bearer": []}, {"header": []}]  # the first: none is needed without keys
+        for status in (401, 429):
+            operation["responses"].setdefault(str(status), {"description": _DESCRIPTIONS[status]})
     if path in _BODIES:
         forms: list[dict[str, Any]] = [{"$ref": _REF + form.__name__} for form in _BODIES[path]]
         schema = forms[0] if len(forms) == 1 else {"anyOf": forms}

@@ -14,10 +14,11 @@ import numpy as np
 from lenvm.calibration import Calibration
 from lenvm.config import LenVMConfig
 from lenvm.errors import InvalidRequestError, LenVMError, PoolExhaustedError
-from lenvm.guidance import Objective, check_objective, log_weights, resolve_scale
+from lenvm.guidance import Objective, log_weights, resolve_scale
 from lenvm.returns import horizon_from_logit, value_from_logit
 from lenvm.scoring import RowScore, Scorer, ScoreRow
 from lenvm_service.answers import prediction_fields, token_score_fields
+from lenvm_service.engine.checks import check_candidates
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Result, TokenScoreJob
 from lenvm_service.engine.prefixes import PrefixStore
 from lenvm_service.engine.sessions import SessionStore
@@ -157,7 +158,7 @@ class EngineCore:
             return self._prepare_tokens(job)
         work = self._prefix(job)
         if isinstance(job, CandidateJob):
-            self._check_candidates(job)
+            check_candidates(job, self.scorer)
             terminal = self.eos_ids.union(job.eos_ids)
             work.terminal = [token in terminal for token in job.candidates]
             scored = [token for token, ends in zip(job.candidates, work.terminal, strict=True) if not ends]
@@ -216,45 +217,6 @@ class EngineCore:
         score = RowScore(_NO_STATE, np.array([record.logit]), bins, np.empty(0), None, chain.length)
         self.counts.memoised += 1
         return _Work(job, ScoreRow(_NO_STATE), chain.length, chain, score=score, known=True)
-
-    def _check_candidates(self, job: CandidateJob) -> None:
-        if not len(job.candidates):
-            raise InvalidRequestError("candidates is empty: give at least one token id", param="candidates")
-        if min(job.candidates) < 0 or max(job.candidates) >= self.scorer.vocab_size:
-            raise InvalidRequestError(f"candidates must be in [0, {self.scorer.vocab_size})", param="candidates")
-        if len(set(job.candidates)) != len(job.candidates):
-            raise InvalidRequestError("candidates holds a token twice: give each once", param="candidates")
-        if job.logprobs is not None:
-            if len(job.logprobs) != len(job.candidates):
-                raise InvalidRequestError(
-                    f"logprobs must have one entry for each of the {len(job.candidates)} candidates, "
-                    f"not {len(job.logprobs)}",
-                    param="logprobs",
-                )
-            if not np.isfinite(job.logprobs).all():
-                raise InvalidRequestError("logprobs must be finite: leave impossible candidates out", param="logprobs")
-        objective = job.objective
-        if objective is None:
-            return
-        if objective.kind == "scale":
-            if self.scorer.bins is None:
-                raise InvalidRequestError(
-                    "objective.kind scale needs a model with a length distribution (num_bins > 0)",
-                    param="objective.kind",
-                )
-            if job.generated:
-                raise InvalidRequestError(
-                    "objective.kind scale is resolved at the prompt boundary: send the tilt that the first step gave",
-                    param="objective.kind",
-                )
-            return
-        try:
-            check_objective(
-                objective, bins=self.scorer.bins, gamma=self.scorer.gamma, has_logprobs=job.logprobs is not None
-            )
-        except InvalidRequestError as error:
-            param = error.param if error.param in (None, "logprobs") else f"objective.{error.param}"
-            raise InvalidRequestError(str(error), param=param) from None
 
     # -- the scorer ----------------------------------------------------------------------------------------------------
 

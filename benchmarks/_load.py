@@ -1,0 +1,189 @@
+"""What the resilience benchmark drives: ``lenvm serve`` processes, prompts, and open-loop load with its outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # tests/support: the redis-server that may be killed, the line that may lie
+
+from tests.support.redis_server import free_port  # noqa: E402
+
+
+class Replica:
+    """``lenvm serve`` with one torch thread."""
+
+    def __init__(self, folder: Path, *arguments: str, model: str = "smollm2-135m-instruct", port: int = 0) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / f"serve-{self.port}.log"
+        command = [sys.executable, "-m", "lenvm_service.cli", "serve", "--port", str(self.port), "--model", model]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LENVM_LOG_LEVEL": "warning"}
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen([*command, *arguments], stdout=output, stderr=output, env=environment)
+
+    def ready(self) -> Replica:
+        """Wait until it takes work."""
+        while True:
+            try:
+                if httpx2.get(f"{self.url}/health/ready", timeout=5).status_code in (200, 401):
+                    return self
+            except httpx2.HTTPError:
+                pass
+            if self.process.poll() is not None:
+                raise SystemExit(f"lenvm serve ended:\n{self.log.read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        text = httpx2.get(f"{self.url}/metrics", timeout=30).text
+        families = text_string_to_metric_families(text)
+        return sum(
+            one.value
+            for family in families
+            for one in family.samples
+            if one.name == name and labels.items() <= one.labels.items()
+        )
+
+    def rss_mib(self) -> float:
+        """Resident memory."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.terminate()
+        return self.process.wait(120)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+
+def prompts(data: Path, *, seed: int = 0, tokens: tuple[int, int] = (20, 60)) -> list[str]:
+    """Real prompts of about so many tokens (four characters each), shuffled."""
+    found = []
+    for path in sorted((data / "prompts").glob("*_test.jsonl.gz")):
+        with gzip.open(path, "rt") as lines:
+            found += [json.loads(line)["prompt"] for line in lines]
+    kept = [text for text in found if 4 * tokens[0] <= len(text) <= 4 * tokens[1]]
+    random.Random(seed).shuffle(kept)
+    return kept
+
+
+def unique(texts: list[str]) -> Iterator[str]:
+    """The prompts again and again, each different from its first characters on: nothing is cached."""
+    at = 0
+    while True:
+        yield f"{at} {texts[at % len(texts)]}"
+        at += 1
+
+
+@dataclass
+class Outcome:
+    """What became of requests: latencies in seconds by status, and what broke."""
+
+    latencies: dict[str, list[float]] = field(default_factory=dict)
+    missing_retry_after: int = 0
+    sent: int = 0
+    seconds: float = 0.0
+
+    def add(self, name: str, seconds: float) -> None:
+        self.latencies.setdefault(name, []).append(seconds)
+
+    def count(self, name: str) -> int:
+        return len(self.latencies.get(name, []))
+
+    @property
+    def broken(self) -> int:
+        """Requests without an answer of HTTP."""
+        return sum(len(times) for name, times in self.latencies.items() if not name.isdecimal())
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter({name: len(times) for name, times in self.latencies.items()})
+
+    def ms(self, name: str, share: float) -> float | None:
+        """A quantile of the latencies of one status, in milliseconds."""
+        times = sorted(self.latencies.get(name, []))
+        return 1000 * times[min(len(times) - 1, int(share * len(times)))] if times else None
+
+
+async def _one(client: httpx2.AsyncClient, url: str, body: dict[str, Any], outcome: Outcome) -> None:
+    since = time.perf_counter()
+    try:
+        answer = await client.post(url, json=body)
+    except httpx2.HTTPError as error:
+        outcome.add(type(error).__name__, time.perf_counter() - since)
+        return
+    outcome.add(str(answer.status_code), time.perf_counter() - since)
+    if answer.status_code == 429 and "retry-after" not in answer.headers:
+        outcome.missing_retry_after += 1
+
+
+async def open_loop(url: str, texts: Iterator[str], *, rate: float, seconds: float, **fields: Any) -> Outcome:
+    """Poisson arrivals at ``rate`` a second, whatever comes back."""
+    outcome, dice = Outcome(), random.Random(1)
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx2.AsyncClient(timeout=60, limits=limits) as client:
+        begin = time.perf_counter()
+        at = begin
+        tasks = []
+        while at < begin + seconds:
+            await asyncio.sleep(max(0.0, at - time.perf_counter()))
+            body = {"prompt": next(texts), **fields}
+            tasks.append(asyncio.create_task(_one(client, f"{url}/predict_length", body, outcome)))
+            outcome.sent += 1
+            at += dice.expovariate(rate)
+        outcome.seconds = time.perf_counter() - begin
+        await asyncio.gather(*tasks)
+    return outcome
+
+
+async def closed_loop(url: str, texts: Iterator[str], *, workers: int, seconds: float, **fields: Any) -> Outcome:
+    """So many callers, each of whom waits for its answer."""
+    outcome = Outcome()
+    begin = time.perf_counter()
+
+    async def call() -> None:
+        async with httpx2.AsyncClient(timeout=60) as client:
+            while time.perf_counter() - begin < seconds:
+                outcome.sent += 1
+                await _one(client, f"{url}/predict_length", {"prompt": next(texts), **fields}, outcome)
+
+    await asyncio.gather(*(call() for _ in range(workers)))
+    outcome.seconds = time.perf_counter() - begin
+    return outcome
+
+
+def slope_per_minute(samples: list[tuple[float, float]]) -> float:
+    """Least-squares slope of (seconds, value) samples, a minute."""
+    times, values = zip(*samples, strict=True)
+    middle, level = statistics.mean(times), statistics.mean(values)
+    spread = sum((t - middle) ** 2 for t in times)
+    return 60 * sum((t - middle) * (v - level) for t, v in samples) / spread
+
+
+def auc(lower: list[float], higher: list[float]) -> float:
+    """Probability that a value of ``higher`` exceeds one of ``lower`` (ties count half)."""
+    wins = sum((high > low) + 0.5 * (high == low) for high in higher for low in lower)
+    return wins / (len(lower) * len(higher))
