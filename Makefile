@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install pull demo serve stop check redis test bench clean
+.PHONY: help install pull demo serve stop check audit redis test bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -73,6 +73,13 @@ redis:
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server; \
 	  else echo "error: the tests need a redis-server: install it first (on Debian: apt-get install redis-server)" >&2; exit 1; fi; }
+
+# Known vulnerabilities of the pinned versions, by PyPI's advisories.
+audit: install
+	@if curl -sf -m 20 -o /dev/null https://pypi.org/pypi/pip/24.0/json; then \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --target build/audit pip-audit==2.10.1 \
+	    && PYTHONPATH=build/audit $(BIN)/python -m pip_audit --disable-pip --no-deps -r constraints.txt; \
+	else echo "audit: not run: PyPI's advisories cannot be reached from here"; fi
 
 # With the backbone there, nothing may be skipped for want of it.
 test: pull redis
