@@ -58,31 +58,43 @@ def prefill_steps(tokens: IntArray) -> IntArray:
     return -(-tokens // CHUNK)
 
 
-def run_to_completion(load: Workload, key: FloatArray, slots: int) -> tuple[FloatArray, FloatArray]:
-    """Whenever a slot is free, the waiting request of the lowest ``key`` [n] starts and stays until it is done.
+def run_to_completion(
+    load: Workload, key: FloatArray, slots: int, urgent: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Whenever a slot is free, the waiting request of the lowest ``key`` [n] starts and stays until it is done; from
+    its time ``urgent`` [n] on, a request goes before those that are not, the longest urgent first.
 
     Returns when each started and ended [n], in steps; equal keys start in order of arrival."""
     service, keys = load.service.tolist(), key.tolist()
-    start = np.zeros(len(keys))
+    start = [-1.0] * len(keys)
     waiting: list[tuple[float, int]] = []
+    late: list[tuple[float, int]] = []  # the same requests, by when they are urgent; started ones are dropped late
     busy: list[float] = []  # when each taken slot is free again
 
     def begin(request: int, now: float) -> None:
         start[request] = now
         heapq.heappush(busy, now + service[request])
 
+    def begin_next(now: float) -> None:
+        for queue in (late, waiting):
+            while queue and start[queue[0][1]] >= 0.0:
+                heapq.heappop(queue)
+        if waiting:
+            queue = late if late and late[0][0] <= now else waiting
+            begin(heapq.heappop(queue)[1], now)
+
     for request, now in enumerate(load.arrival.tolist()):
         while busy and busy[0] <= now:
-            freed = heapq.heappop(busy)
-            if waiting:
-                begin(heapq.heappop(waiting)[1], freed)
+            begin_next(heapq.heappop(busy))
         if len(busy) < slots:
             begin(request, now)
-        else:
-            heapq.heappush(waiting, (keys[request], request))
-    while waiting:
-        begin(heapq.heappop(waiting)[1], heapq.heappop(busy))
-    return start, start + load.service
+            continue
+        heapq.heappush(waiting, (keys[request], request))
+        if urgent is not None:
+            heapq.heappush(late, (float(urgent[request]), request))
+    while busy:
+        begin_next(heapq.heappop(busy))
+    return np.array(start), start + load.service
 
 
 @dataclass

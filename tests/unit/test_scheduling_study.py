@@ -52,6 +52,15 @@ def test_a_case_by_hand(sim: ModuleType) -> None:
     assert (start.tolist(), end.tolist()) == ([0, 1, 9, 10], [10, 9, 11, 15])
 
 
+def test_an_urgent_request_goes_first(sim: ModuleType) -> None:
+    load = _load_of(sim, [0, 1, 2, 3], [10, 8, 2, 5])
+    key, never = load.work.astype(float), np.full(4, np.inf)
+    assert sim.run_to_completion(load, key, 1, never)[1].tolist() == [10, 25, 12, 17]
+    # The second is urgent when the first ends; at 18 the third is the shortest, and nobody else is urgent by then.
+    assert sim.run_to_completion(load, key, 1, np.array([np.inf, 10, 19, 20]))[1].tolist() == [10, 18, 20, 25]
+    assert sim.run_to_completion(load, key, 1, np.array([np.inf, 11, 19, 12]))[1].tolist() == [10, 20, 12, 25]
+
+
 def test_a_preempted_request_prefills_again(sim: ModuleType) -> None:
     load = _load_of(sim, [0, 3], [10, 2], prompt_tokens=sim.CHUNK)
     work = load.work.tolist()
@@ -128,18 +137,24 @@ def test_the_study_runs_on_lengths_of_its_own(sim: ModuleType) -> None:
     np.add.at(pmf, (np.arange(20)[:, None], work - 1), 1.0)
     people = study.Population(["if"] * 20, np.full(20, 7), work, means * 1.0, means * 1.5, means * 1.0, pmf / 16)
     options = study.argparse.Namespace(requests=2000, slots=4, quantum=8, tuning_seeds=1, seeds=2)
-    rates = {"sjf_p50_aged": 0.2, "sjf_p50_aged_one": 1e6}
+    ageing = study.Ageing(0.2, 1e6, 0.0)
     ranked = study.tables(people, 8)
     for kind in ("0.9", "bursty"):
-        runs = [study.one_run(people, study.workload(people, kind, 2000, 4, s), rates, ranked, options) for s in (0, 1)]
+        runs = [
+            study.one_run(people, study.workload(people, kind, 2000, 4, s), ageing, ranked, options) for s in (0, 1)
+        ]
         found = study.summary(runs, 0.02)
         assert found["fcfs"]["gain_share"] == found["fcfs"]["starved"] == 0.0
         assert found["oracle"]["gain_share"] == 1.0
-        assert found["sjf_p50_aged_one"]["mean_s"] == pytest.approx(found["fcfs"]["mean_s"])  # ageing alone is FCFS
+        for name in ("sjf_p50_aged_one", "sjf_p50_deadline"):  # enough ageing is FCFS
+            assert found[name]["mean_s"] == pytest.approx(found["fcfs"]["mean_s"])
+            assert found[name]["starved"] == 0.0
         # One prompt is like another to the guess; what is predicted well wins most of what there is.
         assert found["guess"]["mean_s"] == pytest.approx(found["fcfs"]["mean_s"])
         assert 0.5 < found["sjf_p50"]["gain_share"] <= 1.1
-    assert study.tuned_rates(people, ["0.9"], options)["0.9"] in study.RATES
+    rate, wait = study.tuned(people, "0.9", options)
+    assert rate in study.RATES
+    assert wait >= 0.0
 
 
 def test_bursts_have_the_load_that_they_claim(sim: ModuleType) -> None:
