@@ -44,22 +44,47 @@ if TYPE_CHECKING:
         ServiceInfo,
         TokenScores,
     )
-    from lenvm_client.client import AsyncClient, Client
+    from lenvm_client.async_client import AsyncClient
+    from lenvm_client.batching import (
+        PredictionBatcher,
+        predict_rows,
+        predict_rows_async,
+    )
+    from lenvm_client.client import Client
     from lenvm_client.guided import AsyncGuidedDecoder, GuidedDecoder
     from lenvm_client.mock import MockRequest, MockTransport
+    from lenvm_client.scheduling import (
+        Admission,
+        BudgetPlanner,
+        Cost,
+        Reservation,
+        TokenBudget,
+        predicted_tokens,
+        prediction_headers,
+        priority_for,
+        request_fields,
+    )
+    from lenvm_client.tracking import (
+        AsyncTracker,
+        Tracker,
+    )
 
     __version__: str
 
 __all__ = [
+    "Admission",
     "AsyncClient",
     "AsyncGuidedDecoder",
+    "AsyncTracker",
     "BadAnswerError",
+    "BudgetPlanner",
     "CandidateInput",
     "CandidateScorer",
     "CandidateScores",
     "Client",
     "CompletionInput",
     "ContextTooLongError",
+    "Cost",
     "DeadlineExceededError",
     "DrainingError",
     "FeedbackItem",
@@ -81,7 +106,9 @@ __all__ = [
     "PredictInput",
     "PredictLengthResponse",
     "Prediction",
+    "PredictionBatcher",
     "PrefixUnknownError",
+    "Reservation",
     "RowError",
     "RowReport",
     "ScoreResponse",
@@ -89,21 +116,33 @@ __all__ = [
     "ServiceInfo",
     "ServiceTimeoutError",
     "ServiceUnreachableError",
+    "TokenBudget",
     "TokenScores",
+    "Tracker",
     "UnauthorizedError",
     "WeightedRow",
     "__version__",
+    "predict_rows",
+    "predict_rows_async",
+    "predicted_tokens",
+    "prediction_headers",
+    "priority_for",
+    "request_fields",
 ]
 
 # The home of each name that is imported at its first use.
 _LAZY = {
-    "AsyncClient": "lenvm_client.client",
+    "Admission": "lenvm_client.scheduling",
+    "AsyncClient": "lenvm_client.async_client",
     "AsyncGuidedDecoder": "lenvm_client.guided",
+    "AsyncTracker": "lenvm_client.tracking",
+    "BudgetPlanner": "lenvm_client.scheduling",
     "CandidateInput": "lenvm_client._types",
     "CandidateScorer": "lenvm_client._types",
     "CandidateScores": "lenvm_client._types",
     "Client": "lenvm_client.client",
     "CompletionInput": "lenvm_client._types",
+    "Cost": "lenvm_client.scheduling",
     "FeedbackItem": "lenvm_client._types",
     "FeedbackResponse": "lenvm_client._types",
     "GuidanceReport": "lenvm_client._steps",
@@ -116,12 +155,22 @@ _LAZY = {
     "PredictInput": "lenvm_client._types",
     "PredictLengthResponse": "lenvm_client._types",
     "Prediction": "lenvm_client._types",
+    "PredictionBatcher": "lenvm_client.batching",
+    "Reservation": "lenvm_client.scheduling",
     "RowError": "lenvm_client._types",
     "RowReport": "lenvm_client._steps",
     "ScoreResponse": "lenvm_client._types",
     "ServiceInfo": "lenvm_client._types",
+    "TokenBudget": "lenvm_client.scheduling",
     "TokenScores": "lenvm_client._types",
+    "Tracker": "lenvm_client.tracking",
     "WeightedRow": "lenvm_client._steps",
+    "predict_rows": "lenvm_client.batching",
+    "predict_rows_async": "lenvm_client.batching",
+    "predicted_tokens": "lenvm_client.scheduling",
+    "prediction_headers": "lenvm_client.scheduling",
+    "priority_for": "lenvm_client.scheduling",
+    "request_fields": "lenvm_client.scheduling",
 }
 
 
