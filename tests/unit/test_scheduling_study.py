@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +169,26 @@ def test_bursts_have_the_load_that_they_claim(sim: ModuleType) -> None:
     assert 10 * len(load.work) / 16 / load.arrival[-1] == pytest.approx(share, rel=0.08)
     gaps = np.diff(load.arrival)
     assert gaps.std() / gaps.mean() > 1.15  # Poisson: 1
+
+
+REPORT = FOLDER.parent / "reports" / "scheduling.json"
+
+
+@pytest.mark.parametrize("load", ["0.9", "0.98", "bursty"])
+def test_the_report_bears_out_what_is_claimed(load: str) -> None:
+    row = json.loads(REPORT.read_text(encoding="utf-8"))["metrics"][load]
+    assert row["sjf_p50"]["gain_share_ci"][0] >= 0.7
+    assert row["sjf_p50_aged"]["p99_ratio"] <= 1.1
+    assert row["sjf_p50_deadline"]["p99_ratio"] <= 1.1
+    assert row["sjf_p50"]["gain_share"] <= row["prompt_oracle_mean"]["gain_share"]
+
+
+def test_the_document_has_the_report_s_figures() -> None:
+    metrics = json.loads(REPORT.read_text(encoding="utf-8"))["metrics"]
+    text = (FOLDER.parent / "docs" / "scheduling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*\(`(\w+)`\) \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 12
+    for policy, cells in rows:
+        shown = [cell.strip() for cell in cells.split("|")]
+        found = [metrics[load][policy] for load in ("0.9", "0.98", "bursty")]
+        assert shown == [f"{x['mean_s']:.1f} s, {x['gain_share']:.2f}, {x['p99_ratio']:.2f} x" for x in found]
