@@ -67,8 +67,7 @@ def main() -> None:
             low, middle, high = statistics.quantiles(values, n=4)
             row |= {figure: middle, f"{figure}_quartiles": [low, high]}
         metrics[name] = row
-        sign = "" if name == "httpx2" else "+"
-        print(f"{name:13} {sign}{row['ms']:.1f} ms ({sign}{row['cpu_ms']:.1f} ms of CPU), {sign}{row['mb']:.1f} MiB")
+        print(f"{name:13} {row['ms']:+7.1f} ms, {row['cpu_ms']:+7.1f} ms of CPU, {row['mb']:+6.1f} MiB")
     own = metrics["lenvm_client"]
     within = own["ms"] <= LIMIT_MS and own["mb"] <= LIMIT_MB
     print(f"import lenvm_client within {LIMIT_MS:g} ms and {LIMIT_MB:g} MB: {'yes' if within else 'no'}")
