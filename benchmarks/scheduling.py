@@ -4,16 +4,18 @@
 
 ``--lengths`` is what ``lenvm rollout lengths`` writes: held-out prompts, each with the lengths of many sampled answers.
 A request is one of these prompts at random with one of its lengths at random; predictions are the value model's at the
-prompt boundary (kept beside the lengths in ``--cache``). All policies see the same requests. Server: ``_scheduling``.
+prompt boundary (kept in ``--cache``). All policies see the same requests. The server: ``_scheduling``.
+``--rollouts``, a folder of ``lenvm rollout``, adds the same study under ``progressive`` for the first answer of each of
+its prompts, whose tokens are known: ``srpt_progressive`` then ranks by what the model says in mid-answer.
 
 Policies that start the waiting request of the lowest rank and never preempt: ``fcfs``; ``sjf_p50``, ``sjf_p90``,
 ``sjf_mean`` by a predicted quantile or mean; ``guess`` by 1.5 x the prompt's length; ``oracle`` by the true length;
 ``prompt_oracle`` (``prompt_oracle_mean``) by the median (mean) of the prompt's own sampled lengths, the ceiling of
 whatever can be known before the answer begins. Two keep the longest from starving: ``sjf_p50_aged`` ranks by p50 less
 what a request gains by waiting (a number that is set once, which any server with priorities takes), and
-``sjf_p50_deadline`` lets a request go first once it has waited so long (which needs a queue of one's own). Each has the
-setting that wins most among those that kept p99 within 8 % of FCFS's on other seeds, load by load;
-``sjf_p50_aged_one`` has one ageing rate for all loads, that of the load which needs most.
+``sjf_p50_deadline`` lets a request go first once it has waited so long (which needs a queue of one's own). Each ages no
+more than it took to keep p99 within 8 % of FCFS's on other seeds, load by load; ``sjf_p50_aged_one`` has one ageing rate for all loads, that of the load which needs most.
+``oracle_aged`` and ``oracle_deadline`` are the oracle, aged in the same two ways.
 Policies that preempt, ranked again whenever a request has generated another ``--quantum`` tokens, and who pay for it by
 prefilling again: ``srpt`` by the mean of what is still to come given what was generated, from the distribution
 predicted at the prompt boundary (no further call); ``gittins`` by the Gittins index of the same; ``oracle_srpt`` by
@@ -26,18 +28,16 @@ of the requests of a run are not counted. Intervals: 95 %, bootstrap over runs.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _scheduling import (
     FloatArray,
-    IntArray,
     Workload,
     gittins_table,
     mean_table,
@@ -46,16 +46,11 @@ from _scheduling import (
     run_to_completion,
     survival_table,
 )
+from _scheduling_data import Population, boundary_population, progressive_population
 
-from lenvm.calibration import Calibration
-from lenvm.config import LenVMConfig
-from lenvm.distribution import LengthBins, log_pmf, quantile, restricted_mean
-from lenvm.evaluation.lengths import read_lengths
-from lenvm.evaluation.states import PromptAnswers, StateRow, score_states
+from lenvm.evaluation.lengths import read_answers, read_lengths
 from lenvm.evaluation.stats import bootstrap_ci, kendall_tau
-from lenvm.modeling import LengthValueModel, find_checkpoint
 from lenvm.reports import device_name, write_report
-from lenvm.scoring import TorchScorer
 
 # Mean share of the server's capacity in quiet times and in bursts, and how long these last (steps, exponential).
 BURSTY = ((0.6, 6_000.0), (1.8, 2_000.0))
@@ -68,76 +63,15 @@ LONG = 1024
 
 
 @dataclass(frozen=True)
-class Population:
-    """What requests are drawn from: prompts, the tokens of their answers [prompts, samples], what is predicted."""
-
-    domain: list[str]
-    prompt_tokens: IntArray
-    work: IntArray  # EOS included where it came
-    p50: FloatArray
-    p90: FloatArray
-    mean: FloatArray
-    pmf: FloatArray  # predicted, of l = 1 .. cap [prompts, cap]
-
-    @property
-    def own_pmf(self) -> FloatArray:
-        """Of the prompts' own samples [prompts, cap]."""
-        counts = np.zeros_like(self.pmf)
-        np.add.at(counts, (np.arange(len(self.work))[:, None], self.work - 1), 1.0)
-        return counts / self.work.shape[1]
-
-
-def population(prompts: list[PromptAnswers], logits: FloatArray, logp: FloatArray, config: LenVMConfig) -> Population:
-    """Predictions as the service gives them: calibrated quantiles, the network's own mean."""
-    bins, calibration = config.head.bins, Calibration.from_dict(config.calibration)
-    assert isinstance(bins, LengthBins)
-    cap = config.generator.max_new_tokens
-    calibrated = logp if calibration is None else calibration.apply(logits, logp, bins, config.gamma)
-    levels = quantile(calibrated, bins, [0.5, 0.9])[0].astype(np.float64)
-    pmf = np.exp(log_pmf(calibrated, bins))[:, : cap + 1]
-    pmf[:, cap - 1] += pmf[:, cap:].sum(axis=1)  # the server cuts answers at the cap
-    work = np.stack([np.minimum(prompt.lengths + prompt.finished, cap) for prompt in prompts])
-    return Population(
-        [prompt.domain for prompt in prompts],
-        np.array([len(prompt.prompt_ids) for prompt in prompts]),
-        np.maximum(work, 1),
-        levels[:, 0],
-        levels[:, 1],
-        np.asarray(restricted_mean(logp, bins)),
-        pmf[:, :cap],
-    )
-
-
-def predictions(options: argparse.Namespace, prompts: list[PromptAnswers]) -> tuple[FloatArray, FloatArray]:
-    """Value logits [prompts] and bin log-probs [prompts, bins] at the prompt boundary, from the cache where it fits."""
-    folder = find_checkpoint(options.model)
-    digest = hashlib.sha256(options.lengths.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    if options.cache.exists():
-        kept = np.load(options.cache, allow_pickle=False)
-        if str(kept["key"]) == digest.hexdigest():
-            return kept["logits"], kept["logp"]
-
-    def progress(done: int, total: int) -> None:
-        print(f"predicted {done} of {total} prompts", flush=True)
-
-    scorer = TorchScorer(LengthValueModel.from_pretrained(options.model))
-    scores = score_states(scorer, [StateRow(prompt.prompt_ids) for prompt in prompts], progress=progress)
-    logits = np.array([score.logits[-1] for score in scores])
-    logp = np.stack([np.asarray(score.bin_logprobs)[-1] for score in scores]).astype(np.float64)
-    options.cache.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(options.cache, key=digest.hexdigest(), logits=logits, logp=logp)
-    return logits, logp
-
-
-@dataclass(frozen=True)
 class Ageing:
-    """Settings for a load: tokens of rank for a step waited, the same for all loads, steps until it goes first."""
+    """Settings for a load, of p50 and of the true length: tokens of rank for a step waited, steps until it goes first;
+    ``one_rate`` is the same for all loads."""
 
-    rate: float
-    one_rate: float
-    wait: float
+    p50_rate: float
+    p50_wait: float
+    oracle_rate: float
+    oracle_wait: float
+    one_rate: float = 0.0
 
 
 def workload(people: Population, kind: str, count: int, slots: int, seed: int) -> Workload:
@@ -171,22 +105,31 @@ def keys(people: Population, load: Workload) -> dict[str, FloatArray]:
         "sjf_mean": people.mean[at],
         "guess": 1.5 * load.prompt_tokens,
         "oracle": load.work.astype(np.float64),
-        "prompt_oracle": np.median(people.work, axis=1)[at],
-        "prompt_oracle_mean": people.work.mean(axis=1)[at],
+        **({} if people.progressive is not None else _prompt_oracles(people, load)),
     }
 
 
-def tables(people: Population, quantum: int) -> dict[str, list[list[float]]]:
+def _prompt_oracles(people: Population, load: Workload) -> dict[str, FloatArray]:
+    """Of one answer a prompt they would be the oracle."""
+    return {
+        "prompt_oracle": np.median(people.work, axis=1)[load.prompt],
+        "prompt_oracle_mean": people.work.mean(axis=1)[load.prompt],
+    }
+
+
+def tables(people: Population, quantum: int) -> dict[str, Any]:
     """Ranks of the policies that preempt, by prompt and full quanta generated."""
     predicted, own = survival_table(people.pmf), survival_table(people.own_pmf)
-    return {
+    found: dict[str, Any] = {
         "srpt": mean_table(predicted, quantum).tolist(),
         "gittins": gittins_table(predicted, quantum).tolist(),
-        "prompt_oracle_srpt": mean_table(own, quantum).tolist(),
     }
+    if people.progressive is None:
+        return found | {"prompt_oracle_srpt": mean_table(own, quantum).tolist()}
+    return found | {"srpt_progressive": people.progressive}
 
 
-def by_table(load: Workload, table: list[list[float]], quantum: int) -> Callable[[int, int], float]:
+def by_table(load: Workload, table: Any, quantum: int) -> Callable[[int, int], float]:
     prompt = load.prompt.tolist()
     return lambda request, generated: table[prompt[request]][generated // quantum]
 
@@ -207,8 +150,8 @@ def measured(load: Workload, start: FloatArray, end: FloatArray, longest_fcfs: f
     }
 
 
-def tuned(people: Population, kind: str, options: argparse.Namespace) -> tuple[float, float]:
-    """Ageing rate and deadline (steps) for a load: the least that keep p99 near FCFS's, on seeds of their own."""
+def tuned(people: Population, kind: str, options: argparse.Namespace) -> Ageing:
+    """The least ageing that keeps p99 near FCFS's, on seeds of its own."""
     runs = [workload(people, kind, options.requests, options.slots, 1000 + s) for s in range(options.tuning_seeds)]
 
     def p99(key: Callable[[Workload], FloatArray], wait: float | None = None) -> float:
@@ -221,22 +164,31 @@ def tuned(people: Population, kind: str, options: argparse.Namespace) -> tuple[f
     fcfs = p99(lambda run: run.arrival)
     allowed, longest = AGED_P99 * fcfs, float(people.pmf.shape[1])
     waits = [max(0.0, share * fcfs - longest) for share in DEADLINES]
-    rate = next((r for r in RATES if p99(lambda run: people.p50[run.prompt] + r * run.arrival) <= allowed), RATES[-1])  # noqa: B023
-    wait = next((w for w in waits if p99(lambda run: people.p50[run.prompt], w) <= allowed), waits[-1])
-    return rate, wait
+    settings: list[float] = []
+    for rank in (lambda run: people.p50[run.prompt], lambda run: run.work.astype(np.float64)):
+
+        def aged(rate: float, rank: Callable[[Workload], FloatArray] = rank) -> Callable[[Workload], FloatArray]:
+            return lambda run: rank(run) + rate * run.arrival
+
+        settings.append(next((rate for rate in RATES if p99(aged(rate)) <= allowed), RATES[-1]))
+        settings.append(next((wait for wait in waits if p99(rank, wait) <= allowed), waits[-1]))
+    return Ageing(*settings)
 
 
 def one_run(
     people: Population, load: Workload, ageing: Ageing, ranked: Mapping[str, Any], options: Any
 ) -> dict[str, dict[str, float]]:
     """Every policy on the same requests."""
-    by_p50 = people.p50[load.prompt]
-    unaged: dict[str, tuple[FloatArray, FloatArray | None]] = {n: (key, None) for n, key in keys(people, load).items()}
-    # All that wait gain at the same rate, so that a later arrival is as good as a larger rank.
-    policies = unaged | {
-        "sjf_p50_aged": (by_p50 + ageing.rate * load.arrival, None),
-        "sjf_p50_aged_one": (by_p50 + ageing.one_rate * load.arrival, None),
-        "sjf_p50_deadline": (by_p50, load.arrival + ageing.wait),
+    ranks = keys(people, load)
+    p50, oracle, came = ranks["sjf_p50"], ranks["oracle"], load.arrival
+    policies: dict[str, tuple[FloatArray, FloatArray | None]] = {name: (rank, None) for name, rank in ranks.items()}
+    policies |= {
+        # All that wait gain at the same rate, so that a later arrival is as good as a larger rank.
+        "sjf_p50_aged": (p50 + ageing.p50_rate * came, None),
+        "sjf_p50_aged_one": (p50 + ageing.one_rate * came, None),
+        "sjf_p50_deadline": (p50, came + ageing.p50_wait),
+        "oracle_aged": (oracle + ageing.oracle_rate * came, None),
+        "oracle_deadline": (oracle, came + ageing.oracle_wait),
     }
     found: dict[str, dict[str, float]] = {}
     longest = 0.0
@@ -245,9 +197,9 @@ def one_run(
         longest = longest or float((start - load.arrival).max())
         found[name] = measured(load, start, end, longest)
     work = load.work.tolist()
-    ranks = {name: by_table(load, table, options.quantum) for name, table in ranked.items()}
-    ranks["oracle_srpt"] = lambda request, generated: work[request] - generated
-    for name, rank in ranks.items():
+    preempting = {name: by_table(load, table, options.quantum) for name, table in ranked.items()}
+    preempting["oracle_srpt"] = lambda request, generated: work[request] - generated
+    for name, rank in preempting.items():
         start, end, preemptions = run_preemptive(load, rank, options.slots, options.quantum)
         found[name] = measured(load, start, end, longest) | {"preemptions": preemptions / len(work)}
     return found
@@ -284,54 +236,31 @@ def summary(runs: list[dict[str, dict[str, float]]], step_s: float) -> dict[str,
     return found
 
 
-def about(people: Population, options: argparse.Namespace, ageing: Mapping[str, Ageing]) -> dict[str, Any]:
+def about(people: Population, ageing: Mapping[str, Ageing]) -> dict[str, Any]:
     """What the figures rest on. ``between_prompts``: the share of the variance of lengths that a prompt explains."""
-    means = people.work.mean(axis=1)
+    means, medians = people.work.mean(axis=1), np.median(people.work, axis=1)
     return {
-        "slots": options.slots,
-        "step_s": options.step_ms / 1e3,
-        "requests": options.requests,
-        "runs": options.seeds,
-        "quantum": options.quantum,
-        "bursty": {"load": [share for share, _ in BURSTY], "steps": [length for _, length in BURSTY]},
         "prompts": len(means),
         "samples": people.work.shape[1],
         "tokens_mean": means.mean(),
         "between_prompts": means.var() / people.work.var(),
         "kendall_tau": {
-            "p50": kendall_tau(people.p50, np.median(people.work, axis=1)),
-            "guess": kendall_tau(people.prompt_tokens, np.median(people.work, axis=1)),
+            "p50": kendall_tau(people.p50, medians),
+            "guess": kendall_tau(people.prompt_tokens, medians),
         },
-        "ageing_rate": {kind: found.rate for kind, found in ageing.items()},
-        "deadline_s": {kind: options.step_ms / 1e3 * found.wait for kind, found in ageing.items()},
         "p90_at_cap": float((people.p90 >= people.pmf.shape[1]).mean()),
+        "ageing_steps": {kind: asdict(found) for kind, found in ageing.items()},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--lengths", type=Path, required=True)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--cache", type=Path, default=Path("runs/scheduling-predictions.npz"))
-    parser.add_argument("--loads", nargs="+", default=["0.5", "0.7", "0.9", "0.98", "bursty"])
-    parser.add_argument("--requests", type=int, default=20_000, help="of one run")
-    parser.add_argument("--seeds", type=int, default=12, help="runs of each load")
-    parser.add_argument("--tuning-seeds", type=int, default=6, help="runs that ageing is chosen on")
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--quantum", type=int, default=32, help="tokens between two looks at a running request")
-    parser.add_argument("--step-ms", type=float, default=20.0, help="nominal: only turns steps into seconds")
-    parser.add_argument("--report", type=Path)
-    options = parser.parse_args()
-
-    prompts = read_lengths(options.lengths)
-    config = LenVMConfig.load(find_checkpoint(options.model))
-    people = population(prompts, *predictions(options, prompts), config)
-    settings = {kind: tuned(people, kind, options) for kind in options.loads}
-    most = max(rate for rate, _ in settings.values())
-    ageing = {kind: Ageing(rate, most, wait) for kind, (rate, wait) in settings.items()}
+def study(people: Population, loads: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Every load and policy for one population, printed as it comes."""
+    ageing = {kind: tuned(people, kind, options) for kind in loads}
+    most = max(found.p50_rate for found in ageing.values())
+    ageing = {kind: Ageing(**{**asdict(found), "one_rate": most}) for kind, found in ageing.items()}
     ranked = tables(people, options.quantum)
     metrics: dict[str, Any] = {}
-    for kind in options.loads:
+    for kind in loads:
         made = (workload(people, kind, options.requests, options.slots, seed) for seed in range(options.seeds))
         metrics[kind] = summary(
             [one_run(people, load, ageing[kind], ranked, options) for load in made], options.step_ms / 1e3
@@ -344,10 +273,40 @@ def main() -> None:
                 f"share {row['gain_share']:6.3f} [{low:.3f}, {high:.3f}]  starved {100 * row['starved']:.2f} %",
                 flush=True,
             )
+    return metrics | {"about": about(people, ageing)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--lengths", type=Path, required=True)
+    parser.add_argument("--rollouts", type=Path, help="a folder of lenvm rollout: predictions in mid-answer, too")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--cache", type=Path, default=Path("runs"), help="keeps what the model said")
+    parser.add_argument("--loads", nargs="+", default=["0.5", "0.7", "0.9", "0.98", "bursty"])
+    parser.add_argument("--requests", type=int, default=20_000, help="of one run")
+    parser.add_argument("--seeds", type=int, default=12, help="runs of each load")
+    parser.add_argument("--tuning-seeds", type=int, default=6, help="runs that ageing is chosen on")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--quantum", type=int, default=32, help="tokens between two looks at a running request")
+    parser.add_argument("--step-ms", type=float, default=20.0, help="nominal: only turns steps into seconds")
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+
+    lengths = read_lengths(options.lengths)
+    people = boundary_population(lengths, options.model, options.cache / "scheduling-boundary.npz")
+    metrics = study(people, options.loads, options)
+    if options.rollouts:
+        answers, _ = read_answers(options.rollouts)
+        cache = options.cache / "scheduling-progressive.npz"
+        print(f"one answer of each of {len(answers)} prompts, with predictions in mid-answer", flush=True)
+        followed = progressive_population(answers, options.model, cache, options.quantum)
+        loads = [kind for kind in options.loads if kind == "bursty" or float(kind) >= 0.9]
+        metrics["progressive"] = study(followed, loads, options)
     if options.report:
+        names = ("slots", "requests", "seeds", "tuning_seeds", "quantum", "step_ms")
+        metrics["settings"] = {name: getattr(options, name) for name in names} | {"bursty": BURSTY}
         command = shlex.join(["python", *sys.argv])
-        extra = {"about": about(people, options, ageing)}
-        write_report(options.report, command=command, metrics=metrics | extra, device=device_name("cpu"))
+        write_report(options.report, command=command, metrics=metrics, device=device_name("cpu"))
 
 
 if __name__ == "__main__":

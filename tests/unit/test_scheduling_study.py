@@ -32,6 +32,13 @@ def sim() -> Iterator[ModuleType]:
     del sys.modules["_scheduling"]
 
 
+@pytest.fixture
+def study(sim: ModuleType) -> Iterator[ModuleType]:
+    _load("_scheduling_data")
+    yield _load("scheduling")
+    del sys.modules["_scheduling_data"], sys.modules["scheduling"]
+
+
 def _load_of(sim: ModuleType, arrival: Any, work: Any, prompt_tokens: int = 1) -> Any:
     count = len(work)
     return sim.Workload(
@@ -130,16 +137,15 @@ def test_tables_are_those_of_brute_force(sim: ModuleType) -> None:
     np.testing.assert_allclose(gittins[0], 24 - np.arange(0, 24, 4))
 
 
-def test_the_study_runs_on_lengths_of_its_own(sim: ModuleType) -> None:
-    study = _load("scheduling")
+def test_the_study_runs_on_lengths_of_its_own(study: ModuleType) -> None:
     rng = np.random.default_rng(2)
     means = rng.integers(5, 50, 20)
     work = np.clip(rng.poisson(means[:, None], (20, 16)), 1, 64)
     pmf = np.full((20, 64), 1e-6)
     np.add.at(pmf, (np.arange(20)[:, None], work - 1), 1.0)
-    people = study.Population(["if"] * 20, np.full(20, 7), work, means * 1.0, means * 1.5, means * 1.0, pmf / 16)
+    people = study.Population(np.full(20, 7), work, means * 1.0, means * 1.5, means * 1.0, pmf / 16)
     options = study.argparse.Namespace(requests=2000, slots=4, quantum=8, tuning_seeds=1, seeds=2)
-    ageing = study.Ageing(0.2, 1e6, 0.0)
+    ageing = study.Ageing(0.2, 0.0, 1e6, 0.0, 1e6)
     ranked = study.tables(people, 8)
     for kind in ("0.9", "bursty"):
         runs = [
@@ -148,21 +154,63 @@ def test_the_study_runs_on_lengths_of_its_own(sim: ModuleType) -> None:
         found = study.summary(runs, 0.02)
         assert found["fcfs"]["gain_share"] == found["fcfs"]["starved"] == 0.0
         assert found["oracle"]["gain_share"] == 1.0
-        for name in ("sjf_p50_aged_one", "sjf_p50_deadline"):  # enough ageing is FCFS
+        for name in ("sjf_p50_aged_one", "sjf_p50_deadline", "oracle_aged", "oracle_deadline"):  # enough ageing is FCFS
             assert found[name]["mean_s"] == pytest.approx(found["fcfs"]["mean_s"])
             assert found[name]["starved"] == 0.0
         # One prompt is like another to the guess; what is predicted well wins most of what there is.
         assert found["guess"]["mean_s"] == pytest.approx(found["fcfs"]["mean_s"])
         assert 0.5 < found["sjf_p50"]["gain_share"] <= 1.1
-    rate, wait = study.tuned(people, "0.9", options)
-    assert rate in study.RATES
-    assert wait >= 0.0
+    settings = study.tuned(people, "0.9", options)
+    assert {settings.p50_rate, settings.oracle_rate} <= set(study.RATES)
+    assert min(settings.p50_wait, settings.oracle_wait) >= 0.0
 
 
-def test_bursts_have_the_load_that_they_claim(sim: ModuleType) -> None:
-    study = _load("scheduling")
+def test_the_whole_study_with_a_model(
+    study: ModuleType, tiny_checkpoint: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts, their lengths, boundary and progressive predictions, and the report, on the tiny model."""
+    from lenvm.decoding import SamplingParams
+    from lenvm.evaluation.lengths import write_lengths
+    from lenvm.evaluation.states import group_prompts
+    from lenvm.prompts import Prompt
+    from lenvm.rollouts import read_rollouts
+    from lenvm.rollouts.sampling import LocalGenerator, sample_rollouts
+
+    prompts = [Prompt(f"p{i}", "if", "own", f"{i} {i * i}?") for i in range(6)]
+    params = SamplingParams(0.7, max_new_tokens=64)
+    sample_rollouts(
+        LocalGenerator(str(tiny_backbone)),
+        prompts,
+        tmp_path / "r",
+        samples=3,
+        params=params,
+        seed=1,
+        max_prompt_tokens=64,
+    )
+    write_lengths(group_prompts(read_rollouts(tmp_path / "r")), tmp_path / "lengths.jsonl.gz")
+    arguments = [
+        *("--lengths", tmp_path / "lengths.jsonl.gz", "--rollouts", tmp_path / "r", "--model", tiny_checkpoint),
+        *("--cache", tmp_path, "--requests", 300, "--seeds", 2, "--tuning-seeds", 1, "--quantum", 8),
+        *("--report", tmp_path / "report.json", "--loads", "0.9"),
+    ]
+    for _ in range(2):  # the second time from the cache
+        monkeypatch.setattr(sys, "argv", ["scheduling.py", *map(str, arguments)])
+        study.main()
+        metrics = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["metrics"]
+        assert metrics["about"]["samples"] == 3
+        assert metrics["progressive"]["about"]["samples"] == 1
+        assert metrics["0.9"].keys() - metrics["progressive"]["0.9"].keys() == {
+            "prompt_oracle",
+            "prompt_oracle_mean",
+            "prompt_oracle_srpt",
+        }
+        assert metrics["progressive"]["0.9"]["srpt_progressive"]["mean_s"] > 0.0
+        monkeypatch.setattr(sys.modules["_scheduling_data"], "score_states", None)
+
+
+def test_bursts_have_the_load_that_they_claim(study: ModuleType) -> None:
     people = study.Population(
-        ["if"], np.array([1]), np.full((1, 1), 10), np.ones(1), np.ones(1), np.ones(1), np.full((1, 10), 0.1)
+        np.array([1]), np.full((1, 1), 10), np.ones(1), np.ones(1), np.ones(1), np.full((1, 10), 0.1)
     )
     load = study.workload(people, "bursty", 2_000_000, 16, 1)
     share = sum(share * length for share, length in study.BURSTY) / sum(length for _, length in study.BURSTY)
