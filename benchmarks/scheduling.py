@@ -14,8 +14,8 @@ Policies that start the waiting request of the lowest rank and never preempt: ``
 whatever can be known before the answer begins. Two keep the longest from starving: ``sjf_p50_aged`` ranks by p50 less
 what a request gains by waiting (a number that is set once, which any server with priorities takes), and
 ``sjf_p50_deadline`` lets a request go first once it has waited so long (which needs a queue of one's own). Each ages no
-more than it took to keep p99 within 8 % of FCFS's on other seeds, load by load; ``sjf_p50_aged_one`` has one ageing rate for all loads, that of the load which needs most.
-``oracle_aged`` and ``oracle_deadline`` are the oracle, aged in the same two ways.
+more than it took to keep p99 within 8 % of FCFS's on other seeds, load by load; ``sjf_p50_aged_one`` has one rate for
+all loads, that of the load which needs most. ``oracle_aged`` and ``oracle_deadline`` are the oracle with the same two.
 Policies that preempt, ranked again whenever a request has generated another ``--quantum`` tokens, and who pay for it by
 prefilling again: ``srpt`` by the mean of what is still to come given what was generated, from the distribution
 predicted at the prompt boundary (no further call); ``gittins`` by the Gittins index of the same; ``oracle_srpt`` by
