@@ -34,6 +34,7 @@ Row: TypeAlias = Prediction | RowError | None
 # Is the request of the larger priority served first?
 _HIGHER_FIRST: Mapping[str, bool] = {"vllm": False, "sglang": True, "dynamo": True, "litellm": False}
 _INT32 = 2**31 - 1  # Dynamo reads no more; nobody needs more
+_DYNAMO_TOP = 2**30  # its router takes negative priorities for none, so that the longest must stay above 0
 
 
 def predicted_tokens(prediction: Prediction, quantile: float = 0.5, *, uncertainty: float = 0.0) -> float:
@@ -58,10 +59,12 @@ def priority_for(
 ) -> int:
     """The priority with which ``backend`` serves the shortest request first.
 
-    vLLM (needs ``--scheduling-policy priority``) and LiteLLM serve the lowest number first, Dynamo the highest, and
-    SGLang (``--enable-priority-scheduling``) the highest unless ``--schedule-low-priority-values-first`` is set: say so
-    by ``low_first=True``. SGLang also preempts a running request for one that is better by more than its
-    ``--priority-scheduling-preemption-threshold``, which is counted in these tokens.
+    vLLM (which needs ``--scheduling-policy priority``, and refuses priorities without) and LiteLLM serve the lowest
+    number first, Dynamo the highest, and SGLang (``--enable-priority-scheduling``) the highest unless
+    ``--schedule-low-priority-values-first`` is set: say so by ``low_first=True``. SGLang also preempts a running
+    request for one that is better by more than its ``--priority-scheduling-preemption-threshold``, here in tokens.
+    Dynamo's numbers count down from 2^30; its router reads them as seconds of earlier arrival, which is another token
+    of ageing a second. Requests without a priority go first in vLLM and last in Dynamo: give one to all or to none.
 
     Args:
         quantile, uncertainty: see ``predicted_tokens``. For a model without a length distribution its ``rank_key``
@@ -85,6 +88,8 @@ def priority_for(
     else:
         rank = predicted_tokens(prediction, quantile, uncertainty=uncertainty)
     rank += ageing * (arrived or 0.0)
+    if backend == "dynamo" and not low_first:
+        return max(0, min(_INT32, _DYNAMO_TOP - round(rank)))
     lower_first = not _HIGHER_FIRST[backend] if low_first is None else low_first
     return max(-_INT32, min(_INT32, round(rank if lower_first else -rank)))
 

@@ -28,6 +28,7 @@ def predicted(p50: int, p90: int | None = None, p95: int | None = None, **fields
 
 
 NO_BINS = predicted(1, quantiles=None, mean=None, saturated=None)
+TOP = 2**30
 FAILED = RowError(index=0, type="overloaded", message="full", retryable=True)
 
 
@@ -50,7 +51,8 @@ def test_the_shortest_goes_first_everywhere(backend: Any) -> None:
 def test_the_polarity_of_each_backend() -> None:
     row = predicted(120)
     assert priority_for("vllm", row) == priority_for("litellm", row) == 120
-    assert priority_for("sglang", row) == priority_for("dynamo", row) == -120
+    assert priority_for("sglang", row) == -120
+    assert priority_for("dynamo", row) == TOP - 120  # its router takes what is below 0 for 0
     assert priority_for("sglang", row, low_first=True) == 120
     with pytest.raises(InvalidRequestError, match="no such backend: 'tgi'; known are vllm, sglang, dynamo, litellm"):
         priority_for("tgi", row)  # type: ignore[arg-type]
@@ -93,7 +95,8 @@ def test_without_a_distribution_the_rank_key_stands_in() -> None:
 
 
 def test_priorities_stay_within_32_bits() -> None:
-    assert priority_for("dynamo", predicted(1), ageing=1e6, arrived=1e9) == -(2**31 - 1)
+    assert priority_for("dynamo", predicted(1), ageing=1e6, arrived=1e9) == 0
+    assert priority_for("sglang", predicted(1), ageing=1e6, arrived=1e9) == -(2**31 - 1)
     assert priority_for("vllm", predicted(1), ageing=1e6, arrived=1e9) == 2**31 - 1
 
 
@@ -101,9 +104,12 @@ def test_fields_and_headers() -> None:
     row = predicted(120, 240, 300)
     assert request_fields("vllm", row) == request_fields("litellm", row) == {"priority": 120}
     assert request_fields("sglang", row) == {"priority": -120}
-    assert request_fields("dynamo", row) == {"nvext": {"agent_hints": {"priority": -120, "osl": 120}}}
-    assert request_fields("dynamo", row, quantile=0.9) == {"nvext": {"agent_hints": {"priority": -240, "osl": 240}}}
-    assert request_fields("dynamo", NO_BINS) == {"nvext": {"agent_hints": {"priority": -8}}}
+    hints = [
+        request_fields("dynamo", row)["nvext"]["agent_hints"],
+        request_fields("dynamo", row, quantile=0.9)["nvext"]["agent_hints"],
+        request_fields("dynamo", NO_BINS)["nvext"]["agent_hints"],
+    ]
+    assert hints == [{"priority": TOP - 120, "osl": 120}, {"priority": TOP - 240, "osl": 240}, {"priority": TOP - 8}]
     assert prediction_headers(row) == {"x-predicted-output-tokens": "120", "x-predicted-output-tokens-p95": "300"}
     assert prediction_headers(row, high=0.9)["x-predicted-output-tokens-p90"] == "240"
 

@@ -68,6 +68,7 @@ def test_progressive_predictions_are_those_of_the_whole_prefix(run: Callable[[Us
             assert close(prediction, whole)
             assert prediction.p_exceeds_max_tokens == pytest.approx(whole.p_exceeds_max_tokens, abs=1e-4)
         assert told[2].cached_tokens > 0
+        assert close(await tracker.update(), told[2])  # nothing new: the same again
         # A handle that the service does not know: the whole prefix goes once more, without the caller's help.
         tracker._session = "gone"
         assert close(await tracker.update(), told[2])

@@ -106,7 +106,7 @@ def test_another_backend_reads_its_field_in_the_body(hooks: ModuleType) -> None:
     for backend, fields in (
         ("vllm", {"priority": 100}),
         ("sglang", {"priority": -100}),
-        ("dynamo", {"nvext": {"agent_hints": {"priority": -100, "osl": 100}}}),
+        ("dynamo", {"nvext": {"agent_hints": {"priority": 2**30 - 100, "osl": 100}}}),
     ):
         data = before(made(hooks, backend=backend)[0], messages=MESSAGES, extra_body={"top_k": 5})
         assert data["extra_body"] == {"top_k": 5, **fields}

@@ -235,7 +235,7 @@ def test_the_document_has_the_report_s_figures() -> None:
     metrics = json.loads(REPORT.read_text(encoding="utf-8"))["metrics"]
     text = (FOLDER.parent / "docs" / "scheduling.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .*\(`(\w+)`\) \|(.*)\|$", text, re.MULTILINE)
-    assert len(rows) == 12
+    assert len(rows) == 14
     for policy, cells in rows:
         shown = [cell.strip() for cell in cells.split("|")]
         found = [metrics[load][policy] for load in ("0.9", "0.98", "bursty")]

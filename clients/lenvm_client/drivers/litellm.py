@@ -121,7 +121,9 @@ class LenVMHook(CustomLogger):
         if limit is not None and data.get("max_tokens") is None and data.get("max_completion_tokens") is None:
             data["max_tokens"] = limit
         if prediction.prediction_id is not None:
-            data["metadata"] = {**(data.get("metadata") or {}), METADATA_KEY: prediction.prediction_id}
+            if data.get("metadata") is None:
+                data["metadata"] = {}
+            data["metadata"][METADATA_KEY] = prediction.prediction_id  # in place: others may hold the proxy's mapping
 
     def _realised(self, kwargs: Any, response: Any) -> FeedbackItem | None:
         metadata = (kwargs.get("litellm_params") or {}).get("metadata") or {}
