@@ -19,7 +19,7 @@ __all__ = [
     "Admission",
     "Backend",
     "BudgetPlanner",
-    "Cost",
+    "Estimate",
     "Reservation",
     "TokenBudget",
     "predicted_tokens",
@@ -117,8 +117,8 @@ def prediction_headers(prediction: Prediction, quantile: float = 0.5, high: floa
 
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Cost:
-    """In the currency of the prices: on average (``expected``) and at the planner's quantile (``high``)."""
+class Estimate:
+    """Of a cost or a time: on average (``expected``) and at the planner's quantile (``high``)."""
 
     expected: float
     high: float
@@ -214,12 +214,12 @@ class BudgetPlanner:
             return self.ceiling
         return max(self.floor, tokens if self.ceiling is None else min(tokens, self.ceiling))
 
-    def cost(self, row: Prediction) -> Cost:
-        """What the request will cost; ``expected`` is cut at the limit too."""
+    def cost(self, row: Prediction) -> Estimate:
+        """What the request will cost, in the currency of the prices; ``expected`` is cut at the limit too."""
         limit = self.max_tokens(row)
         mean = limit if row.mean is None else min(row.mean, float(limit))
         prompt = self.input_price * row.prompt_tokens / 1e6
-        return Cost(prompt + self.output_price * mean / 1e6, prompt + self.output_price * limit / 1e6)
+        return Estimate(prompt + self.output_price * mean / 1e6, prompt + self.output_price * limit / 1e6)
 
     def reservation(self, row: Row, prompt_tokens: int | None = None) -> Reservation:
         """Room for the prompt and ``max_tokens``; ``prompt_tokens`` for a row that does not tell."""

@@ -24,6 +24,8 @@ from lenvm_client import (
     InvalidRequestError,
     MockTransport,
     Tracker,
+    compare_routes,
+    compare_routes_async,
     predict_rows,
     predict_rows_async,
 )
@@ -89,7 +91,9 @@ def test_names_signatures_and_documents(blocking: type, asynchronous: type) -> N
 
 
 def test_the_functions_too() -> None:
-    assert shape(predict_rows) == shape(predict_rows_async)
+    for blocking, asynchronous in ((predict_rows, predict_rows_async), (compare_routes, compare_routes_async)):
+        assert shape(blocking) == shape(asynchronous)
+        assert f"``{blocking.__name__}`` over an ``AsyncClient``" in (asynchronous.__doc__ or "")
 
 
 @pytest.mark.parametrize("name", sorted(public(Client) - {"close", "track"}))
