@@ -48,13 +48,15 @@ class Population:
         return counts / self.work.shape[1]
 
 
-def boundary_population(prompts: Sequence[PromptAnswers], model: str, cache: Path) -> Population:
+def boundary_population(prompts: Sequence[PromptAnswers], model: str, cache: Path, device: str) -> Population:
     """Predictions at the prompt boundary alone; the answers' tokens need not be known."""
     rows = [StateRow(prompt.prompt_ids) for prompt in prompts]
-    return _population(prompts, _scored(rows, model, cache), LenVMConfig.load(find_checkpoint(model)))
+    return _population(prompts, _scored(rows, model, cache, device), LenVMConfig.load(find_checkpoint(model)))
 
 
-def progressive_population(prompts: Sequence[PromptAnswers], model: str, cache: Path, quantum: int) -> Population:
+def progressive_population(
+    prompts: Sequence[PromptAnswers], model: str, cache: Path, device: str, quantum: int
+) -> Population:
     """The first answer of each prompt, with predictions after every ``quantum`` of its tokens."""
     config = LenVMConfig.load(find_checkpoint(model))
     assert isinstance(config.head.bins, LengthBins)
@@ -62,7 +64,7 @@ def progressive_population(prompts: Sequence[PromptAnswers], model: str, cache: 
     firsts = [PromptAnswers(p.prompt_id, p.domain, p.prompt_ids, p.lengths[:1], p.finished[:1]) for p in prompts]
     places = [range(0, int(size), quantum) for (size,) in _work(firsts, cap)]
     rows = [StateRow(p.prompt_ids, p.tokens(0), at) for p, at in zip(prompts, places, strict=True)]
-    logits, logp = _scored(rows, model, cache)
+    logits, logp = _scored(rows, model, cache, device)
     ends = np.cumsum([len(at) for at in places])
     starts = ends - [len(at) for at in places]
     means = restricted_mean(logp, config.head.bins)
@@ -104,7 +106,7 @@ def _work(prompts: Sequence[PromptAnswers], cap: int) -> IntArray:
     return np.maximum(tokens, 1)
 
 
-def _scored(rows: Sequence[StateRow], model: str, cache: Path) -> Scores:
+def _scored(rows: Sequence[StateRow], model: str, cache: Path, device: str) -> Scores:
     """What the model says at all places of all rows, one after the other; from ``cache`` where that is of the same."""
     digest = hashlib.sha256(json.dumps([[row.prompt_ids, row.token_ids, list(row.places)] for row in rows]).encode())
     for path in sorted(find_checkpoint(model).glob("*.safetensors")):
@@ -113,7 +115,7 @@ def _scored(rows: Sequence[StateRow], model: str, cache: Path) -> Scores:
         kept = np.load(cache, allow_pickle=False)
         if str(kept["key"]) == digest.hexdigest():
             return kept["logits"], kept["logp"]
-    scorer = TorchScorer(LengthValueModel.from_pretrained(model))
+    scorer = TorchScorer(LengthValueModel.from_pretrained(model, device=device))
     scores = score_states(scorer, rows, progress=_progress(cache.stem))
     logits = np.concatenate([score.logits for score in scores])
     logp = np.concatenate([np.asarray(score.bin_logprobs, dtype=np.float64) for score in scores])

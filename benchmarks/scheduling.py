@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--rollouts", type=Path, help="a folder of lenvm rollout: predictions in mid-answer, too")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--device", default="cpu", help="of the value model; the simulation is on the CPU")
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="keeps what the model said")
     parser.add_argument("--loads", nargs="+", default=["0.5", "0.7", "0.9", "0.98", "bursty"])
     parser.add_argument("--requests", type=int, default=20_000, help="of one run")
@@ -293,13 +294,13 @@ def main() -> None:
     options = parser.parse_args()
 
     lengths = read_lengths(options.lengths)
-    people = boundary_population(lengths, options.model, options.cache / "scheduling-boundary.npz")
+    people = boundary_population(lengths, options.model, options.cache / "scheduling-boundary.npz", options.device)
     metrics = study(people, options.loads, options)
     if options.rollouts:
         answers, _ = read_answers(options.rollouts)
         cache = options.cache / "scheduling-progressive.npz"
         print(f"one answer of each of {len(answers)} prompts, with predictions in mid-answer", flush=True)
-        followed = progressive_population(answers, options.model, cache, options.quantum)
+        followed = progressive_population(answers, options.model, cache, options.device, options.quantum)
         loads = [kind for kind in options.loads if kind == "bursty" or float(kind) >= 0.9]
         metrics["progressive"] = study(followed, loads, options)
     if options.report:
