@@ -75,6 +75,7 @@ class Sizes:
                 "--least-pass 0", "tokens": "--answers 4 --min-count 2 --min-prompts 2 --no-examples",
                 "ablation": f"{small} --steps 1", "scaling": f"{small} --steps 1",
                 "bench-rollout": "--prompts 2 --samples 1", "bench-training": "--tiny",
+                "scheduling": "--requests 300 --seeds 2 --tuning-seeds 1",
             },
         )  # fmt: skip
 
@@ -157,6 +158,7 @@ def plan(options: argparse.Namespace) -> list[Step]:
         *test,
     )
     _benchmarks(add, python, options, on, sampled)
+    _scheduling(add, lenvm, python, options, on, made, test)
     _experiments(add, lenvm, options, on, out, (*sampled, *test))
     return steps
 
@@ -232,6 +234,18 @@ def _benchmarks(add, python, options, on, sampled) -> None:  # type: ignore[no-u
         f"{python} benchmarks/resume.py --rollouts {options.work}/run/rollouts-valid --device {on} --report "
         f"{options.reports}/resume.json" + (" --batch-tokens 512 --checkpoint-every 2" if options.smoke else ""),
         *sampled,
+    )
+
+
+def _scheduling(add, lenvm, python, options, on, made, test) -> None:  # type: ignore[no-untyped-def]
+    lengths = f"{options.work}/lengths-test.jsonl.gz"
+    add("lengths", f"{lenvm} rollout lengths {options.work}/test --out {lengths}", *test)
+    add(
+        "scheduling",
+        f"{python} benchmarks/scheduling.py --lengths {lengths} --rollouts {options.work}/test --model {options.model} "
+        f"--cache {options.work} --device {on} --report {options.reports}/scheduling.json",
+        "lengths",
+        *made,
     )
 
 

@@ -44,16 +44,47 @@ if TYPE_CHECKING:
         ServiceInfo,
         TokenScores,
     )
-    from lenvm_client.client import AsyncClient, Client
+    from lenvm_client.async_client import AsyncClient
+    from lenvm_client.batching import (
+        PredictionBatcher,
+        predict_rows,
+        predict_rows_async,
+    )
+    from lenvm_client.client import Client
     from lenvm_client.guided import AsyncGuidedDecoder, GuidedDecoder
     from lenvm_client.mock import MockRequest, MockTransport
+    from lenvm_client.routing import (
+        Route,
+        RouteEstimate,
+        best_route,
+        compare_routes,
+        compare_routes_async,
+    )
+    from lenvm_client.scheduling import (
+        Admission,
+        BudgetPlanner,
+        Estimate,
+        Reservation,
+        TokenBudget,
+        predicted_tokens,
+        prediction_headers,
+        priority_for,
+        request_fields,
+    )
+    from lenvm_client.tracking import (
+        AsyncTracker,
+        Tracker,
+    )
 
     __version__: str
 
 __all__ = [
+    "Admission",
     "AsyncClient",
     "AsyncGuidedDecoder",
+    "AsyncTracker",
     "BadAnswerError",
+    "BudgetPlanner",
     "CandidateInput",
     "CandidateScorer",
     "CandidateScores",
@@ -62,6 +93,7 @@ __all__ = [
     "ContextTooLongError",
     "DeadlineExceededError",
     "DrainingError",
+    "Estimate",
     "FeedbackItem",
     "FeedbackResponse",
     "GuidanceReport",
@@ -81,7 +113,11 @@ __all__ = [
     "PredictInput",
     "PredictLengthResponse",
     "Prediction",
+    "PredictionBatcher",
     "PrefixUnknownError",
+    "Reservation",
+    "Route",
+    "RouteEstimate",
     "RowError",
     "RowReport",
     "ScoreResponse",
@@ -89,21 +125,36 @@ __all__ = [
     "ServiceInfo",
     "ServiceTimeoutError",
     "ServiceUnreachableError",
+    "TokenBudget",
     "TokenScores",
+    "Tracker",
     "UnauthorizedError",
     "WeightedRow",
     "__version__",
+    "best_route",
+    "compare_routes",
+    "compare_routes_async",
+    "predict_rows",
+    "predict_rows_async",
+    "predicted_tokens",
+    "prediction_headers",
+    "priority_for",
+    "request_fields",
 ]
 
 # The home of each name that is imported at its first use.
 _LAZY = {
-    "AsyncClient": "lenvm_client.client",
+    "Admission": "lenvm_client.scheduling",
+    "AsyncClient": "lenvm_client.async_client",
     "AsyncGuidedDecoder": "lenvm_client.guided",
+    "AsyncTracker": "lenvm_client.tracking",
+    "BudgetPlanner": "lenvm_client.scheduling",
     "CandidateInput": "lenvm_client._types",
     "CandidateScorer": "lenvm_client._types",
     "CandidateScores": "lenvm_client._types",
     "Client": "lenvm_client.client",
     "CompletionInput": "lenvm_client._types",
+    "Estimate": "lenvm_client.scheduling",
     "FeedbackItem": "lenvm_client._types",
     "FeedbackResponse": "lenvm_client._types",
     "GuidanceReport": "lenvm_client._steps",
@@ -116,12 +167,27 @@ _LAZY = {
     "PredictInput": "lenvm_client._types",
     "PredictLengthResponse": "lenvm_client._types",
     "Prediction": "lenvm_client._types",
+    "PredictionBatcher": "lenvm_client.batching",
+    "Reservation": "lenvm_client.scheduling",
+    "Route": "lenvm_client.routing",
+    "RouteEstimate": "lenvm_client.routing",
     "RowError": "lenvm_client._types",
     "RowReport": "lenvm_client._steps",
     "ScoreResponse": "lenvm_client._types",
     "ServiceInfo": "lenvm_client._types",
+    "TokenBudget": "lenvm_client.scheduling",
     "TokenScores": "lenvm_client._types",
+    "Tracker": "lenvm_client.tracking",
     "WeightedRow": "lenvm_client._steps",
+    "best_route": "lenvm_client.routing",
+    "compare_routes": "lenvm_client.routing",
+    "compare_routes_async": "lenvm_client.routing",
+    "predict_rows": "lenvm_client.batching",
+    "predict_rows_async": "lenvm_client.batching",
+    "predicted_tokens": "lenvm_client.scheduling",
+    "prediction_headers": "lenvm_client.scheduling",
+    "priority_for": "lenvm_client.scheduling",
+    "request_fields": "lenvm_client.scheduling",
 }
 
 

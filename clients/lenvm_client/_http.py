@@ -19,10 +19,11 @@ from lenvm_client.errors import (
     ServiceUnreachableError,
 )
 
-__all__ = ["Base", "Timeout", "reply_of", "settings", "too_slow", "transport_error"]
+__all__ = ["Base", "Headers", "Timeout", "reply_of", "settings", "too_slow", "transport_error"]
 
 T = TypeVar("T")
 Timeout: TypeAlias = float | httpx2.Timeout | None
+Headers: TypeAlias = Mapping[str, str]
 
 _NEVER_SENT = (
     httpx2.ConnectError,
@@ -54,9 +55,13 @@ class Base:
     def _exchange(self, call: Call[T], policy: RetryPolicy | None = None) -> Generator[Send | Wait, Reply | None, T]:
         return exchange(call, policy or self.policy, clock=self._clock, draw=self._draw)
 
-    def _request(self, call: Call[Any], send: Send, request_id: str | None, timeout: Timeout) -> dict[str, Any]:
+    def _request(
+        self, call: Call[Any], send: Send, request_id: str | None, timeout: Timeout, given: Headers | None
+    ) -> dict[str, Any]:
         """Arguments of the HTTP library. No phase of an attempt may outlast what is left of the total time."""
-        headers = {} if call.content is None else {"content-type": "application/json"}
+        headers = _checked_headers(given)
+        if call.content is not None:
+            headers["content-type"] = "application/json"
         if request_id is not None:
             headers["x-request-id"] = _header_value(request_id, "request_id")
         phases = (self.timeout if timeout is None else _checked(timeout)).as_dict()
@@ -72,7 +77,7 @@ class Base:
         }
 
 
-def settings(base_url: str, api_key: str | None, headers: Mapping[str, str] | None) -> dict[str, Any]:
+def settings(base_url: str, api_key: str | None, headers: Headers | None) -> dict[str, Any]:
     import lenvm_client
 
     try:
@@ -85,9 +90,14 @@ def settings(base_url: str, api_key: str | None, headers: Mapping[str, str] | No
     sent = {"user-agent": f"lenvm-client/{lenvm_client.__version__}", "accept": "application/json"}
     if api_key is not None:
         sent["authorization"] = f"Bearer {_header_value(api_key, 'api_key')}"
-    for name, value in (headers or {}).items():
-        sent[_header_value(name, "the name of a header")] = _header_value(value, f"headers[{name!r}]")
-    return {"base_url": url, "headers": sent}
+    return {"base_url": url, "headers": sent | _checked_headers(headers)}
+
+
+def _checked_headers(headers: Headers | None) -> dict[str, str]:
+    return {
+        _header_value(name, "the name of a header").lower(): _header_value(value, f"headers[{name!r}]")
+        for name, value in (headers or {}).items()
+    }
 
 
 def _header_value(value: str, name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import inspect
 import socket
 import subprocess
 import sys
@@ -119,14 +118,6 @@ def test_every_call_has_a_canned_answer(make: Make) -> None:
     assert client.info().models[0].eos_ids == (2,)
     assert client.live() is True
     assert client.ready() is True
-
-
-def test_both_clients_offer_the_same(make: Make) -> None:
-    ours = {name for name in vars(Client) if not name.startswith("_")}
-    assert ours == {name for name in vars(AsyncClient) if not name.startswith("_")}
-    for name in ours - {"close"}:
-        assert inspect.signature(getattr(Client, name)) == inspect.signature(getattr(AsyncClient, name))
-        assert inspect.getdoc(getattr(AsyncClient, name))
 
 
 def test_what_is_sent(make: Make) -> None:

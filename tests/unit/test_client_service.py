@@ -1,0 +1,110 @@
+"""Trackers, bulk calls and batches against the service's own app and engine on the tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from lenvm_client import (
+    AsyncClient,
+    BudgetPlanner,
+    FeedbackItem,
+    Prediction,
+    PredictionBatcher,
+    RowError,
+    predict_rows_async,
+    priority_for,
+)
+from lenvm_service.api import create_app
+from lenvm_service.engine import Engine, EngineOptions
+from lenvm_service.metrics import Metrics
+from lenvm_service.settings import Settings
+
+Use = Callable[[AsyncClient], Coroutine[Any, Any, None]]
+PROMPT, ANSWER = [1, 30, 31, 32], [40, 41, 42, 43, 44, 45]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint: Path) -> Iterator[Callable[[Use], None]]:
+    """Calls a coroutine function with a client of the app."""
+    metrics = Metrics()
+    engine = Engine("tiny", tiny_checkpoint, EngineOptions(secret=b"k" * 16), metrics.engine("tiny"))
+    engine.start()
+    end = time.monotonic() + 60.0
+    while engine.state == "loading":
+        assert time.monotonic() < end, "the tiny model did not load"
+        time.sleep(0.01)
+    assert engine.failure is None
+
+    def call(use: Use) -> None:
+        async def main() -> None:
+            transport = httpx2.ASGITransport(create_app({"tiny": engine}, Settings(), metrics))
+            async with AsyncClient(transport=transport, max_retries=0, timeout=60.0) as client:
+                await use(client)
+
+        asyncio.run(main())
+
+    yield call
+    engine.close()
+
+
+def close(a: Prediction, b: Prediction) -> bool:
+    return a.session == b.session and a.value == pytest.approx(b.value, abs=2e-5) and a.quantiles == b.quantiles
+
+
+def test_progressive_predictions_are_those_of_the_whole_prefix(run: Callable[[Use], None]) -> None:
+    async def use(client: AsyncClient) -> None:
+        tracker = client.track({"token_ids": PROMPT}, max_tokens=20)
+        told = [await tracker.update(), await tracker.update(ANSWER[:1]), await tracker.update(ANSWER[1:])]
+        for prediction, generated in zip(told, (0, 1, 6), strict=True):
+            row = {"token_ids": [*PROMPT, *ANSWER[:generated]], "generated": generated}
+            whole = (await client.predict_length(row, max_tokens=20)).prediction
+            assert close(prediction, whole)
+            assert prediction.p_exceeds_max_tokens == pytest.approx(whole.p_exceeds_max_tokens, abs=1e-4)
+        assert told[2].cached_tokens > 0
+        assert close(await tracker.update(), told[2])  # nothing new: the same again
+        # A handle that the service does not know: the whole prefix goes once more, without the caller's help.
+        tracker._session = "gone"
+        assert close(await tracker.update(), told[2])
+
+    run(use)
+
+
+def test_a_text_prompt_can_be_followed_and_sent_again(run: Callable[[Use], None]) -> None:
+    async def use(client: AsyncClient) -> None:
+        tracker = client.track("abc")
+        await tracker.update()
+        following = await tracker.update([40])
+        tracker._session = "gone"
+        assert close(await tracker.update(), following)
+
+    run(use)
+
+
+def test_rows_batches_and_feedback(run: Callable[[Use], None]) -> None:
+    async def use(client: AsyncClient) -> None:
+        inputs: list[Any] = ["ab", {"token_ids": [99_999]}, {"token_ids": PROMPT}, {"session": "no"}]
+        rows = await predict_rows_async(client, inputs, budget_s=None, max_rows=3)
+        assert [row.type if isinstance(row, RowError) else "ok" for row in rows] == [
+            "ok",
+            "invalid_request",
+            "ok",
+            "prefix_unknown",
+        ]
+        async with PredictionBatcher(client) as batcher:
+            found = await asyncio.gather(batcher.predict("ab"), batcher.predict({"token_ids": PROMPT}))
+        for row, again in zip((rows[0], rows[2]), found, strict=True):
+            assert isinstance(row, Prediction)
+            assert close(row, again)
+            assert priority_for("vllm", again) == again.quantiles["0.5"]  # type: ignore[index]
+            assert BudgetPlanner().max_tokens(again) == again.quantiles["0.95"]  # type: ignore[index]
+            item = FeedbackItem(prediction_id=again.prediction_id, generated_tokens=3, finish_reason="stop")
+            assert (await client.feedback(item)).accepted == 1
+
+    run(use)
