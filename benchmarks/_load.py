@@ -38,11 +38,12 @@ class Replica:
         with self.log.open("wb") as output:
             self.process = subprocess.Popen([*command, *arguments], stdout=output, stderr=output, env=environment)
 
-    def ready(self) -> Replica:
+    def ready(self, key: str = "") -> Replica:
         """Wait until it takes work."""
         while True:
             try:
-                if httpx2.get(f"{self.url}/health/ready", timeout=5).status_code in (200, 401):
+                headers = {"x-api-key": key} if key else {}
+                if httpx2.get(f"{self.url}/health/ready", timeout=5, headers=headers).status_code == 200:
                     return self
             except httpx2.HTTPError:
                 pass

@@ -226,12 +226,13 @@ class Bench:
             again = run(text, 20)
             same.append(again == wanted)
             first = Replica(self.folder, *arguments, port=first.port).ready()
-        known = second.metric("lenvm_shared_lookups_total", outcome="session")
+        outcomes = ("session", "hit", "partial", "miss", "skipped", "timeout", "error", "open")
+        known = {name: second.metric("lenvm_shared_lookups_total", outcome=name) for name in outcomes}
         for replica in (first, second):
             replica.stop()
         line.close()
         server.kill()
-        return {"generations": len(same), "identical": all(same), "sessions_resumed_from_redis": known}
+        return {"generations": len(same), "identical": all(same), "lookups_of_the_second": known}
 
     # -- one bad row, one bad moment -----------------------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class Bench:
         keys = self.folder / "keys.toml"
         keys.write_text(first + second)
         server = RedisServer(self.folder / "redis-tenants").start()
-        replica = Replica(self.folder, "--api-keys", str(keys), "--redis-url", server.url, *SECRET).ready()
+        replica = Replica(self.folder, "--api-keys", str(keys), "--redis-url", server.url, *SECRET).ready(one)
         count = self.count(400) // 2
         texts = unique(self.texts)
         known = [next(texts) for _ in range(2 * count)]

@@ -99,8 +99,8 @@ class Metrics:
     def _tier(self, registry: CollectorRegistry) -> None:
         self.lookups = Counter(
             "lenvm_shared_lookups",
-            "Questions to Redis, by outcome: hit, partial, miss, session, skipped (cheaper to compute), timeout, error "
-            "or open (not asked: Redis does not answer).",
+            "Questions to Redis, by outcome: hit, partial, miss, session, skipped (cheaper to compute), gone (the "
+            "caller), timeout, error, or open (not asked: Redis does not answer).",
             ("model", "outcome"),
             registry=registry,
         )

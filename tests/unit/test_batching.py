@@ -99,6 +99,12 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         time.sleep(0.001)
 
 
+def at_a_rate_of(batcher: Batcher, tokens_per_s: float) -> None:
+    """As if that had been measured, and nothing else."""
+    batcher._tokens_per_s = tokens_per_s
+    batcher._note_rate = lambda rate: None  # type: ignore[method-assign]
+
+
 async def held(runner: Runner, batcher: Batcher) -> asyncio.Task[Any]:
     """A request that is inside ``run``, and stays there until the gate opens."""
     runner.gate.clear()
@@ -361,7 +367,7 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(runner: Runner, make: An
         batcher = make(max_queue_s=2.0)
         await batcher.submit([job(1)])
         first = await held(runner, batcher)
-        batcher._tokens_per_s = 10.0
+        at_a_rate_of(batcher, 10.0)
         second = asyncio.create_task(batcher.submit([job(*range(15))]))
         while batcher._queued_tokens < 15:
             await asyncio.sleep(0.001)
@@ -377,6 +383,42 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(runner: Runner, make: An
         await asyncio.gather(first, second)
 
     asyncio.run(scenario())
+
+
+def test_a_batch_is_bounded_in_time(runner: Runner, make: Any) -> None:
+    async def scenario() -> None:
+        batcher = make(batch_s=0.5)
+        await batcher.submit([job(1)])
+        first = await held(runner, batcher)
+        at_a_rate_of(batcher, 600.0)
+        others = [asyncio.create_task(batcher.submit([job(*range(2, 102))])) for _ in range(6)]
+        while batcher._queued_tokens < 600:
+            await asyncio.sleep(0.001)
+        late = asyncio.create_task(batcher.submit([job(*range(2, 102))], deadline=time.monotonic() + 60))
+        runner.gate.set()
+        await asyncio.gather(first, *others, late)
+
+    asyncio.run(scenario())
+    assert [len(batch) for batch in runner.batches[2:]] == [3, 3, 1]  # 300 tokens each
+
+
+def test_what_would_be_late_is_not_begun(runner: Runner, make: Any) -> None:
+    async def scenario() -> None:
+        batcher = make()
+        await batcher.submit([job(1)])
+        first = await held(runner, batcher)
+        others = [asyncio.create_task(batcher.submit([job(*range(10))])) for _ in range(2)]
+        hopeless = asyncio.create_task(batcher.submit([job(99)], deadline=time.monotonic() + 5.0))
+        while batcher._queued_tokens < 21:
+            await asyncio.sleep(0.001)
+        at_a_rate_of(batcher, 1.0)  # twenty seconds of work wait before it
+        runner.gate.set()
+        with pytest.raises(DeadlineExceededError, match="while the request waited"):
+            await hopeless
+        await asyncio.gather(first, *others)
+
+    asyncio.run(scenario())
+    assert not any(99 in batch for batch in runner.batches)
 
 
 def test_a_long_batch_that_shows_life_is_no_stall(runner: Runner, make: Any) -> None:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _PRIORITY_STEP_S = 0.1  # a lower priority is an arrival that much later: nothing waits for ever
 _IDLE_S = 0.2
 _MAX_CHECK_PAUSE_S = 5.0
+_LEAST_BATCH = 128  # tokens: a rate that was measured on less says little
 _LEAST_BUDGET = 16  # of the budget: a sixteenth is tried even where memory runs out again and again
 _GIVE_UP_AFTER = 8  # failed checks in a row after which only a restart of the process may help
 
@@ -71,6 +72,7 @@ class Batcher:
         self._queue: list[Entry] = []
         self._queued_tokens = 0
         self._reserved_tokens = 0
+        self._in_hand = 0  # tokens of the batch that is being answered
         self._halves: list[list[Entry]] = []  # of batches that failed: each is tried alone
         self._budget = self.options.budget_tokens  # less than that after memory ran out
         self._order = 0
@@ -196,9 +198,9 @@ class Batcher:
         # What is larger than the queue is taken where nothing else waits: it could never come in otherwise.
         if not waiting:
             return
-        until = waiting / self._tokens_per_s if self._tokens_per_s else 0.0
-        late = deadline is not None and time.monotonic() + until > deadline
-        if late or until > self.options.max_queue_s or waiting + tokens > self.options.max_queue_tokens:
+        ahead = self._seconds(waiting + self._in_hand)
+        late = deadline is not None and time.monotonic() + ahead + self._seconds(tokens) > deadline
+        if late or ahead > self.options.max_queue_s or waiting + tokens > self.options.max_queue_tokens:
             wait = self._drain_s()
             problem = f"{waiting} tokens wait already" + (", too many for the deadline" if late else "")
             raise OverloadedError(f"{problem}: try again in {wait:.1f} s", retry_after_s=wait)
@@ -210,6 +212,16 @@ class Batcher:
     def beat(self) -> None:
         """A life sign from inside a long batch."""
         self._beat = time.monotonic()
+
+    def _batch_budget(self) -> int:
+        """Tokens of the next batch."""
+        if self._tokens_per_s is None:
+            return self._budget
+        return min(self._budget, max(_LEAST_BATCH, int(self._tokens_per_s * self.options.batch_s)))
+
+    def _seconds(self, tokens: int) -> float:
+        """How long so many tokens take, at the rate of late; 0 where nothing is known."""
+        return tokens / self._tokens_per_s if self._tokens_per_s else 0.0
 
     def _drain_s(self) -> float:
         """Until half of what waits is done, at the rate of late."""
@@ -273,7 +285,7 @@ class Batcher:
                 return []
             if not self._lone:
                 opened = time.monotonic()
-                while self._queued_tokens < self._budget and not self._stopping:
+                while self._queued_tokens < self._batch_budget() and not self._stopping:
                     left = opened + self.options.wait_s - time.monotonic()
                     if left <= 0:
                         break
@@ -283,10 +295,10 @@ class Batcher:
     def _take(self) -> list[Entry]:
         batch: list[Entry] = []
         tokens = cells = 0
-        now = time.monotonic()
+        now, budget = time.monotonic(), self._batch_budget()
         while self._queue:
             cost = self._queue[0].cost
-            full = tokens + cost.tokens > self._budget or cells + cost.cells > self.options.budget_cells
+            full = tokens + cost.tokens > budget or cells + cost.cells > self.options.budget_cells
             if batch and full:
                 break
             entry = heapq.heappop(self._queue)
@@ -294,7 +306,9 @@ class Batcher:
             ticket = entry.ticket
             if ticket.gone:
                 continue
-            if ticket.deadline is not None and ticket.deadline <= now:
+            # What would be late is not begun, but for one that is alone: how long it takes is an estimate.
+            needed = self._seconds(tokens + cost.tokens) if batch or self._queue else 0.0
+            if ticket.deadline is not None and ticket.deadline <= now + needed:
                 ticket.end(DeadlineExceededError("the deadline passed while the request waited: give it more time"))
                 continue
             batch.append(entry)
@@ -306,7 +320,7 @@ class Batcher:
     def _answer(self, batch: list[Entry]) -> bool:
         """Run the batch and hand out what it gave; False where it raised."""
         since = time.monotonic()
-        self._current = batch
+        self._current, self._in_hand = batch, sum(entry.cost.tokens for entry in batch)
         tickets = list({id(entry.ticket): entry.ticket for entry in batch}.values())
         first = [ticket for ticket in tickets if ticket.started is None]
         for ticket in first:
@@ -322,13 +336,12 @@ class Batcher:
         self._grow_budget()
         seconds = time.monotonic() - since
         tokens = sum(entry.cost.tokens for entry in batch)
-        rate = tokens / max(seconds, 1e-6)
-        self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate
+        self._note_rate(tokens / max(seconds, 1e-6))
         for ticket in tickets:
             ticket.inference_s += seconds
         for entry, result in zip(batch, results, strict=True):
             self._give(entry, result)
-        self._current = []
+        self._current, self._in_hand = [], 0
         if self._observer:
             for ticket in first:
                 self._observer.waited(since - ticket.arrived)
@@ -338,6 +351,9 @@ class Batcher:
         except Exception:  # everyone has their answer
             logger.exception("%s: the work after a batch failed", self.name)
         return True
+
+    def _note_rate(self, rate: float) -> None:
+        self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate
 
     def _give(self, entry: Entry, result: Result) -> None:
         ticket = entry.ticket
@@ -350,7 +366,7 @@ class Batcher:
         """A batch failed: its halves are tried alone, until whoever is guilty stands alone and gets the error."""
         # Not ready before anyone hears of it: who asks next must see that something happened.
         self._become("recovering")
-        self._current = []
+        self._current, self._in_hand = [], 0
         if self._observer:
             self._observer.failed()
         out_of_memory = _is_out_of_memory(error)

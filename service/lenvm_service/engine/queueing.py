@@ -24,12 +24,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class BatcherOptions:
-    """``budget_tokens`` and ``budget_cells`` bound a batch (one job is always taken); ``wait_s`` is how long a batch
-    is held open for others; ``max_queue_tokens`` and ``max_queue_s`` bound what may wait; ``stall_s``: a heartbeat
-    older than this is no life sign."""
+    """How large batches and the queue may be.
+
+    Args:
+        budget_tokens, budget_cells: most of a batch; it takes one job at least.
+        batch_s: most work of a batch, in seconds at the rate of late: who comes next waits for no longer.
+        wait_s: how long a batch is held open for others.
+        max_queue_tokens, max_queue_s: most that may wait.
+        stall_s: a heartbeat older than this is no life sign.
+    """
 
     budget_tokens: int = 4096
     budget_cells: int = 1 << 26
+    batch_s: float = 0.25
     wait_s: float = 0.002
     max_queue_tokens: int = 262_144
     max_queue_s: float = 30.0

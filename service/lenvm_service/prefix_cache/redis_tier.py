@@ -183,6 +183,9 @@ class RedisTier:
             outcome = "timeout"
             if budget >= self.options.lookup_s:  # else it was the caller who had no time
                 self._failed()
+        except asyncio.CancelledError:
+            outcome = "gone"
+            raise
         except RuntimeError:  # the executor was shut down: we are closing
             outcome = "open"
         except Exception as error:
