@@ -202,13 +202,13 @@ class Bench:
             steps = 0
 
             class Counting(Client):
-                def score(self, *args: Any, **kwargs: Any) -> Any:
+                def score_candidates(self, rows: Any) -> Any:
                     nonlocal steps
                     steps += 1
                     if steps == die_at:
                         line.target = second.port
                         first.kill()
-                    return super().score(*args, **kwargs)
+                    return super().score_candidates(rows)
 
             ids = torch.tensor([encode_chat(tokenizer, text)])
             wish = {"kind": "equal_to", "target": 60}

@@ -37,6 +37,7 @@ _LOOKUP_THREADS = 4
 _FAILURES = 3  # in a row that open the breaker
 _PROBE_EVERY_S = 0.5  # while it is open
 _PROBE_BYTES = 1 << 20
+_FIRST_TRY_S = 10.0
 _BUDGET_SHARE = 0.7  # of the lookup budget that a fetch may be expected to take
 
 
@@ -109,6 +110,7 @@ class RedisTier:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._wake = threading.Event()
+        self._tried = threading.Event()
         self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix=f"lenvm-lookup-{name}")
         self._supervisor = threading.Thread(target=self._supervise, name=f"redis-{name}", daemon=True)
         self._writer = Writer(self)
@@ -120,9 +122,10 @@ class RedisTier:
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Connect in the background."""
+        """Connect in the background. Returns when that was tried once: a replica that is ready shares, if it can."""
         self._supervisor.start()
         self._writer.start()
+        self._tried.wait(_FIRST_TRY_S)
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Write what still waits, as far as that goes within the time, and let go of the connections."""
@@ -363,11 +366,13 @@ class RedisTier:
                 if not said:
                     logger.warning("%s: Redis cannot be used: %s", self.name, type(error).__name__)
                 said = True
+                self._tried.set()
                 self._stopping.wait(_PROBE_EVERY_S)
                 continue
             said = False
             self._failures = 0
             self._is_open = False
+            self._tried.set()
             self._observer.breaker(False)
             self._observer.break_even(self.costs.break_even_tokens)
             logger.info("%s: prefix states are shared through Redis", self.name)
