@@ -93,7 +93,11 @@ class Line:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:  # nobody there: the caller hears that at once
+                    near.close()
+                    continue
                 threading.Thread(target=self._copy, args=(near, far, False), daemon=True).start()
                 threading.Thread(target=self._copy, args=(far, near, True), daemon=True).start()
 
