@@ -111,7 +111,7 @@ class Bench:
         line = Line(server.port)
         arguments = ("--redis-url", line.url, "--redis-lookup-ms", str(LOOKUP_MS), *SECRET)
         writer, reader = Replica(self.folder, *arguments).ready(), Replica(self.folder, *arguments).ready()
-        pairs = _Pairs(writer, reader, unique(self.long))
+        pairs, tamperer = _Pairs(writer, reader, unique(self.long)), _Tamperer(server)
         faults: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             "none": (lambda: None, lambda: None),
             "killed": (server.kill, server.start),
@@ -120,7 +120,7 @@ class Bench:
             "full": (lambda: _full(server, 1), lambda: _full(server, 0)),
             "wrong_password": (lambda: _password(server, "x"), lambda: _password(server, "")),
             "garbage": (lambda: _set(line, garbage=b"$9\r\nnonsense"), lambda: _set(line, garbage=None)),
-            "tampered": (lambda: _tamper(server), lambda: None),
+            "tampered": (tamperer.start, tamperer.stop),
             "flushed": (lambda: server.client().flushall(), lambda: None),
         }
         for name, (harm, heal) in faults.items():
@@ -504,21 +504,30 @@ def _password(server: RedisServer, password: str) -> None:
         client.execute_command("CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
 
 
-def _tamper(server: RedisServer) -> None:
-    """Change a byte of every value, now and whenever new ones come, for a while."""
-    client = server.client()
+class _Tamperer:
+    """Changes a byte of every value as soon as it is stored, until it is stopped."""
 
-    def change() -> None:
-        end = time.monotonic() + 3
+    def __init__(self, server: RedisServer) -> None:
+        self.server = server
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        client = self.server.client()
         seen: set[bytes] = set()
-        while time.monotonic() < end:
+        while not self._stop.wait(0.02):
             for name in client.keys("lenvm:[bs]:*"):  # type: ignore[union-attr]
                 if name not in seen:
                     seen.add(name)
                     client.setrange(name, 200, b"x")
-            time.sleep(0.05)
-
-    change()
 
 
 PARTS = ("overload", "redis", "sharing", "failover", "poison", "drain", "tenants", "schemathesis", "fuzz", "break_even")
