@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lenvm.config import BackboneRef, GeneratorRef, HeadConfig, LenVMConfig
 from lenvm.distribution import LengthBins
 from lenvm.modeling import LengthValueModel, ValueHead
 from lenvm.paged import PoolShape, use_paged_attention
-from lenvm.reports import device_name, write_report
+from lenvm.reports import commit, device_name, write_report
 
 MODELS = ("135m", "1.5b", "tiny")
 _SHAPES: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -111,13 +112,15 @@ def spread(times: list[float]) -> dict[str, Any]:
 
 
 def merge(path: Path | None, found: Mapping[str, Any], device: str) -> None:
-    """Put ``found`` beside what other benchmarks wrote into the report; each part names its own command and device."""
+    """Put ``found`` beside what other benchmarks wrote into the report; each part names its own command, commit, date
+    and device."""
     if path is None:
         return
     others: dict[str, Any] = {}
     if path.exists():
         others = json.loads(path.read_text(encoding="utf-8"))["metrics"]
     command = shlex.join(["python", *sys.argv])
-    made = {"command": command, "device": device_name(device)}
+    today = datetime.now(UTC).date().isoformat()
+    made = {"command": command, "device": device_name(device), "commit": commit(), "date": today}
     metrics = {**others, **{name: {**part, **made} for name, part in found.items()}}
     write_report(path, command=command, metrics=metrics, device=device_name(device))
