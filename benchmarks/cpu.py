@@ -12,9 +12,7 @@ The fastest variant with a mean value error of at most 0.02 and an MRE within a 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+from _engine import merge
 
 from lenvm.backbones import encode_chat
 from lenvm.export import VARIANTS
@@ -30,7 +30,6 @@ from lenvm.export.parity import errors, state_logits
 from lenvm.export.run import export_model
 from lenvm.modeling import LengthValueModel
 from lenvm.prompts import DOMAINS, load_prompts, read_jsonl, select
-from lenvm.reports import device_name, versions, write_report
 from lenvm.returns import horizon_from_logit
 from lenvm.scoring import OnnxModel, OnnxScorer, Scorer, ScoreRow, TorchScorer
 
@@ -141,22 +140,8 @@ def main() -> None:
     summary = {"variant": best, "ort_speedup": rows[best]["speedup"], "value_error_mean": rows[best]["value_mean"]}
     print(f"fastest within the limits: {best}, {summary['ort_speedup']:.2f} x torch, p50 {rows[best]['p50_ms']:.1f} ms")
     if options.report:
-        merge(
-            options, {**summary, "threads": options.threads, "tokens": TOKENS, "prompts": len(texts), "variants": rows}
-        )
-
-
-def merge(options: argparse.Namespace, cpu: dict[str, Any]) -> None:
-    """Put the figures under ``cpu`` of the report and leave what other benchmarks wrote there."""
-    import onnxruntime
-
-    others: dict[str, Any] = {}
-    if options.report.exists():
-        others = json.loads(options.report.read_text(encoding="utf-8"))["metrics"]
-    command = ["python", *sys.argv]
-    made = {**versions(), "onnxruntime": onnxruntime.__version__}
-    metrics = {**others, "cpu": {**cpu, "device": device_name("cpu"), "command": " ".join(command)}}
-    write_report(options.report, command=command, metrics=metrics, device=device_name("cpu"), versions=made)
+        found = {**summary, "threads": options.threads, "tokens": TOKENS, "prompts": len(texts), "variants": rows}
+        merge(options.report, {"cpu": {**found, "onnxruntime": onnxruntime.__version__}}, "cpu")
 
 
 if __name__ == "__main__":
