@@ -44,7 +44,7 @@ def json_response(content: Any, headers: Mapping[str, str] | None = None) -> Res
 
 
 @contextlib.asynccontextmanager
-async def watched(receive: Receive) -> AsyncIterator[asyncio.Future[None]]:
+async def watched(receive: Receive) -> AsyncIterator[asyncio.Task[None]]:
     """What is done when the caller goes: one watcher a request, however many engines work on it. The body was read."""
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -55,7 +55,7 @@ async def watched(receive: Receive) -> AsyncIterator[asyncio.Future[None]]:
 
 
 async def ask(
-    gone: asyncio.Future[None],
+    gone: asyncio.Task[None],
     engine: EngineLike,
     jobs: Sequence[Job],
     *,
@@ -103,7 +103,7 @@ def deadline_of(request: Request, options: RequestOptions) -> float | None:
 
 async def model_answer(
     request: Request,
-    gone: asyncio.Future[None],
+    gone: asyncio.Task[None],
     engine: EngineLike,
     options: RequestOptions,
     rows: Sequence[Row],

@@ -29,7 +29,7 @@ _LEVELS: Mapping[str, str] = {"0.5": "p50", "0.9": "p90", "0.95": "p95"}
 
 async def predict_one(
     request: Request,
-    gone: asyncio.Future[None],
+    gone: asyncio.Task[None],
     engine: EngineLike,
     call: rows.Call[PredictOptions],
     size: int,
@@ -60,7 +60,7 @@ async def predict_one(
 
 
 async def predict_many(
-    request: Request, gone: asyncio.Future[None], call: rows.Call[PredictOptions], size: int
+    request: Request, gone: asyncio.Task[None], call: rows.Call[PredictOptions], size: int
 ) -> dict[str, Any]:
     """Every model's answer, in the order of ``models``: an entry is what the call would get from that model alone, or
     the error that it would end with.
