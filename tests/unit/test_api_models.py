@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from typing import Any
 
 import pytest
@@ -155,12 +156,15 @@ def test_wrong_models_are_refused(client: TestClient, change: dict[str, Any], co
     assert client.post("/score", json={"prompt": "a", "completion": "b", "models": ["first"]}).status_code == 422
 
 
-def test_a_caller_that_goes_stops_every_model(app: Any, engines: dict[str, FakeEngine]) -> None:
+@pytest.mark.parametrize("done", [[], ["first"]], ids=["none has answered", "one has answered"])
+def test_a_caller_that_goes_stops_every_model(
+    app: Any, engines: dict[str, FakeEngine], caplog: pytest.LogCaptureFixture, done: list[str]
+) -> None:
     sent: list[Any] = []
 
     async def main() -> None:
         for engine in engines.values():
-            engine.hold = asyncio.Event()
+            engine.hold = None if engine.name in done else asyncio.Event()
 
         async def receive() -> dict[str, Any]:
             if not sent:
@@ -179,7 +183,8 @@ def test_a_caller_that_goes_stops_every_model(app: Any, engines: dict[str, FakeE
 
     asyncio.run(main())
     assert sent == ["the request"]
-    assert [engine.cancelled for engine in engines.values()] == [1, 1, 1]
+    assert [engine.cancelled for engine in engines.values()] == [int(name not in done) for name in engines]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert all(engine.released == engine.reserved for engine in engines.values())
 
 
