@@ -16,6 +16,7 @@ from lenvm_client._types import (
     ModelList,
     PredictInput,
     PredictLengthResponse,
+    PredictModelsResponse,
     ScoreResponse,
     ServiceInfo,
     TokenizeResponse,
@@ -60,10 +61,25 @@ def options(
 
 
 def predict_length(
-    inputs: Inputs, options: Mapping[str, Any], max_tokens: int | None, quantiles: Sequence[float] | None
-) -> Call[PredictLengthResponse]:
-    body = {**input_rows(inputs, PredictInput), "max_tokens": max_tokens, "quantiles": quantiles, **options}
-    return make_call("POST", "/predict_length", PredictLengthResponse, body, rows_field="predictions")
+    inputs: Inputs,
+    options: Mapping[str, Any],
+    max_tokens: int | None,
+    quantiles: Sequence[float] | None,
+    models: Sequence[str] | None = None,
+) -> Call[PredictLengthResponse | PredictModelsResponse]:
+    if isinstance(models, str) or (models is not None and not models):
+        raise InvalidRequestError("models must be a list with at least one name", param="models")
+    body = {
+        **input_rows(inputs, PredictInput),
+        "max_tokens": max_tokens,
+        "quantiles": quantiles,
+        "models": None if models is None else list(models),
+        **options,
+    }
+    answer: type[PredictLengthResponse | PredictModelsResponse] = PredictLengthResponse
+    if models is not None:
+        answer = PredictModelsResponse
+    return make_call("POST", "/predict_length", answer, body, rows_field="predictions")
 
 
 def score(

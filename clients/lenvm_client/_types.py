@@ -24,8 +24,10 @@ __all__ = [
     "ModelCard",
     "ModelInfo",
     "ModelList",
+    "ModelPredictions",
     "PredictInput",
     "PredictLengthResponse",
+    "PredictModelsResponse",
     "Prediction",
     "RowError",
     "ScoreResponse",
@@ -99,7 +101,7 @@ class FeedbackItem:
 # Answers
 @dataclass(frozen=True, kw_only=True)
 class RowError:
-    """One row failed; its neighbours did not."""
+    """One row (or one of several models) failed; its neighbours did not."""
 
     index: int
     type: str
@@ -216,6 +218,31 @@ class PredictLengthResponse:
         if len(self.predictions) != 1:
             raise ValueError(f"the answer has {len(self.predictions)} predictions: use .predictions")
         return next(iter(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPredictions(PredictLengthResponse):
+    """What one of several models answers. Its tokens are those of its own tokenizer: ``mean`` and ``quantiles`` compare
+    with another model's once they are money or time (see ``compare_routes``), and as they are where the tokenizers are
+    the same; ``rank_key``, ``value`` and ``horizon`` never do."""
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictModelsResponse:
+    """What each of ``models`` answers, aligned with them."""
+
+    results: tuple[ModelPredictions | RowError, ...]
+    timings_ms: Timings | None = None
+    request_id: str | None = None
+
+    def __iter__(self) -> Iterator[ModelPredictions]:
+        """The models' answers; raises the typed error at the first model that failed."""
+        for part in self.results:
+            if isinstance(part, RowError):
+                raise part.to_exception()
+            yield part
 
 
 @dataclass(frozen=True, kw_only=True)

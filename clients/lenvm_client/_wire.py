@@ -60,7 +60,8 @@ _TURNED_AWAY = frozenset({429, 503})  # before any work was done
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request of the contract; ``rows`` is how many rows the answer's list ``rows_field`` must have.
+    """One request of the contract; ``rows`` is how many rows the answer's list ``rows_field`` must have, in each of the
+    answer's ``results`` where ``models`` were asked.
 
     ``repeatable``: made twice it does what it does once, so that it may be made again when nobody knows whether the
     first one arrived.
@@ -72,6 +73,7 @@ class Call(Generic[T]):
     content: bytes | None = None
     rows_field: str | None = None
     rows: int = 0
+    models: int = 0
     repeatable: bool = True
 
     def read(self, reply: Reply) -> T:
@@ -85,15 +87,21 @@ class Call(Generic[T]):
                 data["request_id"] = request_id
             answer = decode(self.answer, data)
             if self.rows_field is not None:
-                self._check_rows(getattr(answer, self.rows_field))
+                self._check_rows(answer, self.rows_field)
         except BadAnswerError as error:
             error.status, error.request_id = reply.status, request_id
             raise
         return answer
 
-    def _check_rows(self, rows: Sequence[Any]) -> None:
-        if [row.index for row in rows] != list(range(self.rows)):
-            raise BadAnswerError(f"{self.rows} inputs were sent, the answer's {self.rows_field} do not match them")
+    def _check_rows(self, answer: Any, field: str) -> None:
+        parts = [answer]
+        if self.models:
+            if [part.index for part in answer.results] != list(range(self.models)):
+                raise BadAnswerError(f"{self.models} models were asked, the answer's results do not match them")
+            parts = [part for part in answer.results if not isinstance(part, RowError)]
+        for part in parts:
+            if [row.index for row in getattr(part, field)] != list(range(self.rows)):
+                raise BadAnswerError(f"{self.rows} inputs were sent, the answer's {field} do not match them")
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def make_call(
     fields = {name: plain for name, value in body.items() if (plain := _plain(value)) is not None}
     rows = next((len(fields[name]) for name in ("inputs", "items") if name in fields), 1)
     content = _dump(fields)
-    return Call(method, path, answer, content, rows_field, rows, repeatable)
+    return Call(method, path, answer, content, rows_field, rows, len(fields.get("models", ())), repeatable)
 
 
 def input_rows(inputs: Input | Iterable[Input], rows: type[PredictInput] | type[CompletionInput]) -> dict[str, Any]:

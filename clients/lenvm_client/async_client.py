@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar, overload
 
 import httpx2
 
@@ -22,6 +22,7 @@ from lenvm_client._types import (
     ModelList,
     PredictInput,
     PredictLengthResponse,
+    PredictModelsResponse,
     RowError,
     ScoreResponse,
     ServiceInfo,
@@ -100,11 +101,13 @@ class AsyncClient(Base):
                 answer: T = stop.value
                 return answer
 
+    @overload
     async def predict_length(
         self,
         inputs: Inputs,
         *,
         model: str | None = None,
+        models: None = None,
         max_tokens: int | None = None,
         quantiles: Sequence[float] | None = None,
         generator: Generator_ | None = None,
@@ -113,10 +116,44 @@ class AsyncClient(Base):
         request_id: str | None = None,
         timeout: Timeout = None,
         headers: Headers | None = None,
-    ) -> PredictLengthResponse:
+    ) -> PredictLengthResponse: ...
+
+    @overload
+    async def predict_length(
+        self,
+        inputs: Inputs,
+        *,
+        model: str | None = None,
+        models: Sequence[str],
+        max_tokens: int | None = None,
+        quantiles: Sequence[float] | None = None,
+        generator: Generator_ | None = None,
+        deadline_ms: float | None = None,
+        priority: int | None = None,
+        request_id: str | None = None,
+        timeout: Timeout = None,
+        headers: Headers | None = None,
+    ) -> PredictModelsResponse: ...
+
+    async def predict_length(
+        self,
+        inputs: Inputs,
+        *,
+        model: str | None = None,
+        models: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        quantiles: Sequence[float] | None = None,
+        generator: Generator_ | None = None,
+        deadline_ms: float | None = None,
+        priority: int | None = None,
+        request_id: str | None = None,
+        timeout: Timeout = None,
+        headers: Headers | None = None,
+    ) -> PredictLengthResponse | PredictModelsResponse:
         """See ``Client.predict_length``."""
-        options = calls.options(self.model, model, generator, deadline_ms, priority)
-        call = calls.predict_length(inputs, options, max_tokens, quantiles)
+        default = self.model if models is None else None
+        options = calls.options(default, model, generator, deadline_ms, priority)
+        call = calls.predict_length(inputs, options, max_tokens, quantiles, models)
         return await self._run(call, request_id, timeout, headers)
 
     def track(

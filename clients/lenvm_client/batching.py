@@ -49,10 +49,10 @@ def predict_rows(
     for places in _chunks(list(good), max_rows):
         left = None if ends is None else ends - time.monotonic()
         if left is not None and left <= 0.0:
-            _put_error(rows, places, _too_late())
+            _put_error(rows, places, too_late())
             continue
         try:
-            answer = client.predict_length([good[at] for at in places], **_within(left, options))
+            answer = client.predict_length([good[at] for at in places], **within_budget(left, options))
         except LenVMClientError as error:
             _put_error(rows, places, error)
         else:
@@ -74,9 +74,9 @@ async def predict_rows_async(
     async def call(places: Sequence[int]) -> None:
         try:
             async with asyncio.timeout(budget_s):
-                answer = await client.predict_length([good[at] for at in places], **_within(budget_s, options))
+                answer = await client.predict_length([good[at] for at in places], **within_budget(budget_s, options))
         except TimeoutError as error:
-            _put_error(rows, places, error if isinstance(error, LenVMClientError) else _too_late())
+            _put_error(rows, places, error if isinstance(error, LenVMClientError) else too_late())
         except LenVMClientError as error:
             _put_error(rows, places, error)
         else:
@@ -193,7 +193,7 @@ def _checked(inputs: Iterable[Input]) -> tuple[dict[int, Prediction | RowError],
         try:
             _check(input)
         except LenVMClientError as error:
-            rows[at] = _row_error(at, error)
+            rows[at] = row_error(at, error)
         else:
             good[at] = input
     return rows, good
@@ -203,7 +203,7 @@ def _chunks(places: Sequence[int], size: int) -> list[Sequence[int]]:
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
-def _within(left: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def within_budget(left: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """The service should not work for a caller that has gone on."""
     return dict(options) if left is None else {"deadline_ms": 1e3 * left, "timeout": left, **options}
 
@@ -215,14 +215,14 @@ def _put(rows: dict[int, Prediction | RowError], places: Sequence[int], answer: 
 
 def _put_error(rows: dict[int, Prediction | RowError], places: Sequence[int], error: LenVMClientError) -> None:
     for at in places:
-        rows[at] = _row_error(at, error)
+        rows[at] = row_error(at, error)
 
 
-def _too_late() -> ServiceTimeoutError:
+def too_late() -> ServiceTimeoutError:
     return ServiceTimeoutError("no answer within budget_s")
 
 
-def _row_error(index: int, error: LenVMClientError) -> RowError:
+def row_error(index: int, error: LenVMClientError) -> RowError:
     if isinstance(error, ServiceError):
         kind, code, param = error.type, error.code, error.param
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar, overload
 
 import httpx2
 
@@ -22,6 +22,7 @@ from lenvm_client._types import (
     ModelList,
     PredictInput,
     PredictLengthResponse,
+    PredictModelsResponse,
     RowError,
     ScoreResponse,
     ServiceInfo,
@@ -128,11 +129,13 @@ class Client(Base):
                     raise too_slow()
         return reply_of(response, b"".join(parts))
 
+    @overload
     def predict_length(
         self,
         inputs: Inputs,
         *,
         model: str | None = None,
+        models: None = None,
         max_tokens: int | None = None,
         quantiles: Sequence[float] | None = None,
         generator: Generator_ | None = None,
@@ -141,14 +144,49 @@ class Client(Base):
         request_id: str | None = None,
         timeout: Timeout = None,
         headers: Headers | None = None,
-    ) -> PredictLengthResponse:
+    ) -> PredictLengthResponse: ...
+
+    @overload
+    def predict_length(
+        self,
+        inputs: Inputs,
+        *,
+        model: str | None = None,
+        models: Sequence[str],
+        max_tokens: int | None = None,
+        quantiles: Sequence[float] | None = None,
+        generator: Generator_ | None = None,
+        deadline_ms: float | None = None,
+        priority: int | None = None,
+        request_id: str | None = None,
+        timeout: Timeout = None,
+        headers: Headers | None = None,
+    ) -> PredictModelsResponse: ...
+
+    def predict_length(
+        self,
+        inputs: Inputs,
+        *,
+        model: str | None = None,
+        models: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        quantiles: Sequence[float] | None = None,
+        generator: Generator_ | None = None,
+        deadline_ms: float | None = None,
+        priority: int | None = None,
+        request_id: str | None = None,
+        timeout: Timeout = None,
+        headers: Headers | None = None,
+    ) -> PredictLengthResponse | PredictModelsResponse:
         """How many tokens are still to come? One input (a prompt, a mapping or a ``PredictInput``) or several.
 
         A single input's error is raised; of several, a bad one comes back as a ``RowError`` in ``predictions``.
-        A conversation is one input: ``{"messages": [...]}``.
+        A conversation is one input: ``{"messages": [...]}``. With ``models`` (instead of ``model``) each of them is
+        asked at once; one that fails is a ``RowError`` in ``results``, and where none answers its error is raised.
         """
-        options = calls.options(self.model, model, generator, deadline_ms, priority)
-        call = calls.predict_length(inputs, options, max_tokens, quantiles)
+        default = self.model if models is None else None
+        options = calls.options(default, model, generator, deadline_ms, priority)
+        call = calls.predict_length(inputs, options, max_tokens, quantiles, models)
         return self._run(call, request_id, timeout, headers)
 
     def track(

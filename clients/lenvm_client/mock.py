@@ -132,7 +132,11 @@ def _canned(request: MockRequest) -> Answer:
     tail = {"warnings": [], "timings_ms": {"queue": 0.0, "inference": 0.0, "total": 0.0}}
     if request.path.endswith("/predict_length"):
         levels, limit = body.get("quantiles") or [0.5, 0.9, 0.95], body.get("max_tokens")
-        return {**head, "predictions": [_prediction(at, row, levels, limit) for at, row in enumerate(rows)], **tail}
+        found = {**head, "predictions": [_prediction(at, row, levels, limit) for at, row in enumerate(rows)], **tail}
+        if body.get("models"):
+            results = [{**found, "index": at, "model": model} for at, model in enumerate(body["models"])]
+            return {"results": results, "timings_ms": tail["timings_ms"]}
+        return found
     if request.path.endswith("/score"):
         scores = [(_candidates if "candidates" in row else _completion)(at, row) for at, row in enumerate(rows)]
         return {**head, "scores": scores, **tail}

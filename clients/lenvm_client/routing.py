@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lenvm_client._types import PredictInput, Prediction, RowError
+from lenvm_client._types import PredictInput, Prediction, PredictModelsResponse, RowError
 from lenvm_client._wire import input_rows
-from lenvm_client.batching import predict_rows, predict_rows_async
-from lenvm_client.errors import InvalidRequestError
+from lenvm_client.batching import row_error, too_late, within_budget
+from lenvm_client.errors import InvalidRequestError, LenVMClientError
 from lenvm_client.scheduling import BudgetPlanner, Estimate
 
 if TYPE_CHECKING:
@@ -60,20 +60,17 @@ def compare_routes(
     budget_s: float | None = 0.4,
     **options: Any,
 ) -> list[RouteEstimate]:
-    """Estimates aligned with ``routes``: one prediction from each model, asked for at once; a model that fails is an
-    estimate with a ``RowError``. ``budget_s`` and ``options``: see ``predict_rows``.
+    """Estimates aligned with ``routes``: one call in which the service asks all models at once; a model that fails is
+    an estimate with a ``RowError``, and so is every one where the call fails. ``budget_s`` bounds it, in seconds (None:
+    no bound); ``options`` go to ``predict_length``. Give the client ``max_retries=0``: its waits would count.
 
-    Raises InvalidRequestError for token ids or sessions, which are one model's own: give text or messages.
+    Raises InvalidRequestError for token ids or sessions, which are one tokenizer's own: give text or messages.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    _check(input, routes)
-
-    def ask(route: Route) -> Prediction | RowError:
-        return predict_rows(client, [input], budget_s=budget_s, **_options(route, options))[0]
-
-    with ThreadPoolExecutor(len(routes)) as pool:
-        return [_estimate(route, row) for route, row in zip(routes, pool.map(ask, routes), strict=True)]
+    asked = _options(input, routes, options)
+    try:
+        return _estimates(routes, client.predict_length(input, **within_budget(budget_s, asked)))
+    except LenVMClientError as error:
+        return _failed(routes, error)
 
 
 async def compare_routes_async(
@@ -84,12 +81,15 @@ async def compare_routes_async(
     budget_s: float | None = 0.4,
     **options: Any,
 ) -> list[RouteEstimate]:
-    """``compare_routes`` over an ``AsyncClient``."""
-    _check(input, routes)
-    answers = await asyncio.gather(
-        *(predict_rows_async(client, [input], budget_s=budget_s, **_options(route, options)) for route in routes)
-    )
-    return [_estimate(route, row) for route, (row,) in zip(routes, answers, strict=True)]
+    """``compare_routes`` over an ``AsyncClient``; ``budget_s`` is exact."""
+    asked = _options(input, routes, options)
+    try:
+        async with asyncio.timeout(budget_s):
+            return _estimates(routes, await client.predict_length(input, **within_budget(budget_s, asked)))
+    except LenVMClientError as error:
+        return _failed(routes, error)
+    except TimeoutError:
+        return _failed(routes, too_late())
 
 
 def best_route(
@@ -108,18 +108,31 @@ def best_route(
     return estimates[min(fitting)[2]] if fitting else None
 
 
-def _check(input: str | Mapping[str, Any] | PredictInput, routes: Sequence[Route]) -> None:
+def _options(
+    input: str | Mapping[str, Any] | PredictInput, routes: Sequence[Route], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Each model once, with the quantiles of all planners."""
     if not routes:
         raise InvalidRequestError("give at least one route", param="routes")
     row = input_rows(input, PredictInput)
     own = next((name for name in ("token_ids", "session", "inputs") if row.get(name) is not None), None)
     if own is not None:
         raise InvalidRequestError(f"{own} cannot go to several models: give one prompt or its messages", param=own)
+    levels = {0.5, 0.9, 0.95, *(route.planner.quantile for route in routes), *options.get("quantiles", ())}
+    return {**options, "models": list(dict.fromkeys(route.model for route in routes)), "quantiles": sorted(levels)}
 
 
-def _options(route: Route, options: Mapping[str, Any]) -> dict[str, Any]:
-    levels = {0.5, 0.9, 0.95, route.planner.quantile, *options.get("quantiles", ())}
-    return {**options, "model": route.model, "quantiles": sorted(levels)}
+def _estimates(routes: Sequence[Route], answer: PredictModelsResponse) -> list[RouteEstimate]:
+    models = dict.fromkeys(route.model for route in routes)
+    rows = {
+        model: replace(part, index=0) if isinstance(part, RowError) else part.predictions[0]
+        for model, part in zip(models, answer.results, strict=True)
+    }
+    return [_estimate(route, rows[route.model]) for route in routes]
+
+
+def _failed(routes: Sequence[Route], error: LenVMClientError) -> list[RouteEstimate]:
+    return [RouteEstimate(route, row_error(0, error)) for route in routes]
 
 
 def _estimate(route: Route, row: Prediction | RowError) -> RouteEstimate:

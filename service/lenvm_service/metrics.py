@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lenvm import __version__
 from lenvm_service.answers import level_name
+from lenvm_service.realised import LEVELS, FeedbackWindow
 
 if TYPE_CHECKING:
     from lenvm_service.engine.core import BatchCounts
@@ -20,7 +22,7 @@ _LOOKUP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 _ERRORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
-_LEVELS = frozenset({"0.5", "0.9", "0.95"})  # of feedback; others are any number of numbers
+_LEVELS = frozenset(map(level_name, LEVELS))  # of feedback; others are any number of numbers
 
 
 class Metrics:
@@ -77,7 +79,8 @@ class Metrics:
         self.feedback = Counter("lenvm_feedback", "Realised lengths.", ("model", "finish_reason"), registry=registry)
         self.covered = Counter(
             "lenvm_feedback_quantile",
-            "Realised lengths against a predicted quantile: within or beyond it.",
+            "Realised lengths against a predicted quantile: within or beyond it. Where many answers are cut, within is "
+            "too frequent: lenvm_feedback_coverage_ratio has that put right.",
             ("model", "quantile", "outcome"),
             registry=registry,
         )
@@ -88,6 +91,7 @@ class Metrics:
             buckets=_ERRORS,
             registry=registry,
         )
+        self._window(registry)
         self.ready = Gauge("lenvm_engine_ready", "1 while the engine takes work.", ("model",), registry=registry)
         self.failures = Counter(
             "lenvm_engine_failures", "Batches that raised what no row was to blame for.", ("model",), registry=registry
@@ -95,6 +99,25 @@ class Metrics:
         self._tier(registry)
         self.build = Gauge("lenvm_build_info", "Always 1.", ("version",), registry=registry)
         self.build.labels(__version__).set(1)
+
+    def _window(self, registry: CollectorRegistry) -> None:
+        self.window_items = Gauge(
+            "lenvm_feedback_window_items", "Realised lengths in the sliding window.", ("model",), registry=registry
+        )
+        self.coverage = Gauge(
+            "lenvm_feedback_coverage_ratio",
+            "Part of the window's answers that are at most as long as a predicted quantile, cut answers as censored "
+            "(Kaplan-Meier). Nominally the quantile's level; NaN: no answer tells.",
+            ("model", "quantile"),
+            registry=registry,
+        )
+        self.drift = Gauge(
+            "lenvm_feedback_log_ratio",
+            "Mean of ln(realised / predicted median) in the window, cut answers as censored. It moves up where answers "
+            "get longer than predicted; NaN: no answer tells.",
+            ("model",),
+            registry=registry,
+        )
 
     def _tier(self, registry: CollectorRegistry) -> None:
         self.lookups = Counter(
@@ -155,6 +178,11 @@ class EngineMetrics:
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics, self._model = metrics, model
         self._evicted = 0
+        self.window = window = FeedbackWindow()
+        metrics.window_items.labels(model).set_function(lambda: window.summary().items)
+        metrics.drift.labels(model).set_function(lambda: window.summary().log_ratio)
+        for level in LEVELS:
+            metrics.coverage.labels(model, level_name(level)).set_function(partial(window.coverage, level))
         # Series that are there from the start can be alerted on.
         metrics.ready.labels(model).set(0)
         metrics.failures.labels(model)
@@ -211,10 +239,18 @@ class EngineMetrics:
         self._metrics.failures.labels(self._model).inc()
 
     def realised(
-        self, length: int, *, cut: bool, horizon: float, levels: Sequence[float], quantiles: Sequence[int]
+        self,
+        length: int,
+        *,
+        cut: bool,
+        horizon: float,
+        levels: Sequence[float],
+        quantiles: Sequence[int],
+        cap: int | None = None,
     ) -> None:
-        """A predicted answer's remaining length l; ``cut``: it is longer than that."""
+        """A predicted answer's remaining length l; ``cut``: it is longer than that; ``cap``: of the predictions."""
         metrics, model = self._metrics, self._model
+        self.window.add(length, cut=cut, horizon=horizon, levels=levels, quantiles=quantiles, cap=cap)
         metrics.feedback.labels(model, "length" if cut else "stop").inc()
         if not cut:
             metrics.relative_error.labels(model).observe(abs(horizon - length) / length)

@@ -39,7 +39,7 @@ COMMON: dict[str, Any] = {"timeout": 3.0, "headers": {"TraceParent": "00-4bf9-00
 WORK: dict[str, Any] = {"model": "m", "generator": "g", "deadline_ms": 9.0, "priority": 1, "request_id": "r"}
 ROW = CandidateInput(token_ids=[1], candidates=[2])
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "predict_length": (("p",), {**WORK, "max_tokens": 5, "quantiles": [0.5]}),
+    "predict_length": (("p",), {**WORK, "models": None, "max_tokens": 5, "quantiles": [0.5]}),
     "score": (("p",), {**WORK, "completion": "c", "completion_ids": None, "eos": True}),
     "score_candidates": (([ROW],), WORK),
     "tokenize": (("p",), {"messages": None, "model": "m", "request_id": "r"}),

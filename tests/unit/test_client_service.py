@@ -15,9 +15,12 @@ from lenvm_client import (
     AsyncClient,
     BudgetPlanner,
     FeedbackItem,
+    ModelPredictions,
     Prediction,
     PredictionBatcher,
+    Route,
     RowError,
+    compare_routes_async,
     predict_rows_async,
     priority_for,
 )
@@ -83,6 +86,26 @@ def test_a_text_prompt_can_be_followed_and_sent_again(run: Callable[[Use], None]
         following = await tracker.update([40])
         tracker._session = "gone"
         assert close(await tracker.update(), following)
+
+    run(use)
+
+
+def test_several_models_in_one_call(run: Callable[[Use], None]) -> None:
+    async def use(client: AsyncClient) -> None:
+        alone = (await client.predict_length("ab")).prediction
+        both = await client.predict_length(["ab", ""], models=["nobody", "tiny"])
+        missing, found = both.results
+        assert isinstance(missing, RowError)
+        assert (missing.type, missing.param) == ("model_not_found", "models[0]")
+        assert isinstance(found, ModelPredictions)
+        assert isinstance(found.predictions[0], Prediction)
+        assert close(found.predictions[0], alone)
+        assert isinstance(found.predictions[1], RowError)
+        routes = [Route(model="tiny", planner=BudgetPlanner(output_price=1e6)), Route(model="nobody")]
+        known, unknown = await compare_routes_async(client, "ab", routes, budget_s=None)
+        assert known.cost is not None
+        assert known.cost.high == alone.quantiles["0.95"]  # type: ignore[index]
+        assert (unknown.cost, isinstance(unknown.row, RowError)) == (None, True)
 
     run(use)
 

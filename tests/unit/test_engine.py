@@ -192,6 +192,22 @@ def test_feedback_counts_coverage(engine: Engine, metrics: Metrics) -> None:
     assert covered("0.3", "within") == 0  # not one of the quantiles that are counted
     assert sample(metrics, "lenvm_feedback_total", finish_reason="length") == 2
     assert sample(metrics, "lenvm_feedback_relative_error_count") == 2
+    # The sliding window: of four answers one ended within the median, two are beyond it, and one was cut below.
+    assert sample(metrics, "lenvm_feedback_window_items") == 4
+    assert sample(metrics, "lenvm_feedback_coverage_ratio", quantile="0.5") == pytest.approx(1 / 3)
+
+
+def test_feedback_knows_the_cap(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(engine._metrics, "realised", lambda length, **named: told.append({"length": length, **named}))
+    row = asyncio.run(engine.submit([PredictJob(Prefix([5, 6, 7]))])).results[0]
+    assert isinstance(row, dict)
+    engine.feedback(row["prediction_id"], None, 9, "stop")
+    quantiles = list(row["quantiles"].values())
+    assert told == [
+        {"length": 10, "cut": False, "horizon": row["horizon"], "levels": [0.5, 0.9, 0.95], "quantiles": quantiles}
+        | {"cap": 64}
+    ]
 
 
 def test_wrong_feedback(engine: Engine) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -23,18 +24,38 @@ from lenvm_service.engine.jobs import Job, Reply, Result
 from lenvm_service.engine.queueing import Reservation
 from lenvm_service.errors import DeadlineExceededError, InternalError
 
-__all__ = ["ask", "deadline_of", "generator_warnings", "json_response", "model_response", "row_answers"]
+__all__ = [
+    "ask",
+    "deadline_of",
+    "generator_warnings",
+    "json_response",
+    "model_answer",
+    "row_answers",
+    "timings",
+    "watched",
+]
 
 _DEADLINE_SLACK_S = 0.1  # the engine keeps deadlines itself; this is for one that is busy with a long batch
 
 
-def json_response(content: Any) -> Response:
+def json_response(content: Any, headers: Mapping[str, str] | None = None) -> Response:
     """``content`` as JSON, written once. Numbers that JSON cannot hold become null, never NaN."""
-    return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")
+    return Response(to_json(content, inf_nan_mode="null"), headers=headers, media_type="application/json")
+
+
+@contextlib.asynccontextmanager
+async def watched(receive: Receive) -> AsyncIterator[asyncio.Task[None]]:
+    """What is done when the caller goes: one watcher a request, however many engines work on it. The body was read."""
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        yield gone
+    finally:
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
 
 
 async def ask(
-    receive: Receive,
+    gone: asyncio.Task[None],
     engine: EngineLike,
     jobs: Sequence[Job],
     *,
@@ -42,13 +63,13 @@ async def ask(
     priority: int,
     reservation: Reservation | None = None,
 ) -> Reply:
-    """What the engine answers. ``deadline``: of time.monotonic; ``reservation``: room in its queue.
+    """What the engine answers. ``gone``: see ``watched``; ``deadline``: of time.monotonic; ``reservation``: room in its
+    queue.
 
     Raises what the engine raises, DeadlineExceededError, and ClientDisconnect when the caller goes, whose work is
     dropped then.
     """
     work = asyncio.ensure_future(engine.submit(jobs, deadline=deadline, priority=priority, reservation=reservation))
-    gone = asyncio.ensure_future(_disconnected(receive))
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) + _DEADLINE_SLACK_S
     try:
         await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -60,9 +81,8 @@ async def ask(
             raise ClientDisconnect
         raise DeadlineExceededError("the deadline passed before the answer was there: give it more time")
     finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -81,8 +101,9 @@ def deadline_of(request: Request, options: RequestOptions) -> float | None:
     return deadline
 
 
-async def model_response(
+async def model_answer(
     request: Request,
+    gone: asyncio.Task[None],
     engine: EngineLike,
     options: RequestOptions,
     rows: Sequence[Row],
@@ -91,32 +112,37 @@ async def model_response(
     flat: bool,
     deadline: float | None,
     reservation: Reservation,
-) -> Response:
-    """Run the jobs among ``rows``, and answer with an entry for each row under ``name``.
+) -> dict[str, Any]:
+    """Run the jobs among ``rows``: the answer of one model, with an entry for each row under ``name``.
 
     Raises what concerns the whole request: what ``ask`` raises, and the error of a ``flat`` row.
     """
     context = request.state.context
     context.rows, context.model = len(rows), engine.name
     jobs = [row for row in rows if not isinstance(row, LenVMError)]
-    results: list[Result] = []
+    reply = Reply([], queue_ms=0.0, inference_ms=0.0)
     if jobs:
         priority = options.priority or 0
-        reply = await ask(request.receive, engine, jobs, deadline=deadline, priority=priority, reservation=reservation)
-        results = reply.results
-        context.queue_ms, context.inference_ms = reply.queue_ms, reply.inference_ms
-    answered = iter(results)
+        reply = await ask(gone, engine, jobs, deadline=deadline, priority=priority, reservation=reservation)
+        # Of several models the slowest counts: they work side by side.
+        context.queue_ms = max(context.queue_ms, reply.queue_ms)
+        context.inference_ms = max(context.inference_ms, reply.inference_ms)
+    answered = iter(reply.results)
     all_rows: list[Result] = [row if isinstance(row, LenVMError) else next(answered) for row in rows]
     if flat and isinstance(all_rows[0], LenVMError):
         raise all_rows[0]
-    return json_response(
-        {
-            **_head(engine),
-            name: row_answers(all_rows, context, "inputs"),
-            "warnings": generator_warnings(options.generator, engine),
-            "timings_ms": {"queue": context.queue_ms, "inference": context.inference_ms, "total": context.total_ms},
-        }
-    )
+    return {
+        **_head(engine),
+        name: row_answers(all_rows, context, "inputs"),
+        "warnings": generator_warnings(options.generator, engine),
+        "timings_ms": timings(context, reply),
+    }
+
+
+def timings(context: RequestContext, reply: Reply | None = None) -> dict[str, float]:
+    """Milliseconds, of one model's reply or of the whole request."""
+    of = context if reply is None else reply
+    return {"queue": of.queue_ms, "inference": of.inference_ms, "total": context.total_ms}
 
 
 def row_answers(rows: Sequence[Result], context: RequestContext, name: str) -> list[dict[str, Any]]:

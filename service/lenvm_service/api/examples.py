@@ -31,6 +31,10 @@ REQUEST_EXAMPLES: dict[str, dict[str, Any]] = {
                 "deadline_ms": 60000,
             },
         },
+        "models": {
+            "summary": "One prompt, several models",
+            "value": {"prompt": "Name three colours.", "models": ["smollm2-135m-instruct", "another-model"]},
+        },
     },
     "/score": {
         "tokens": {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from lenvm.guidance import Objective
 from lenvm_service.api import schemas
 from lenvm_service.api.errors import ERROR_TABLE
 from lenvm_service.api.examples import ERROR_EXAMPLE, REQUEST_EXAMPLES, RESPONSE_EXAMPLES
+from lenvm_service.api.predictions import HEADER_FORM
 from lenvm_service.api.responses import ErrorResponse
 
 __all__ = ["DESCRIPTION", "document", "documented", "install_openapi"]
@@ -56,6 +58,12 @@ _HEADERS: dict[str, Any] = {
     "XQueueMs": {"description": "Milliseconds until the first batch began.", "schema": {"type": "number"}},
     "XInferenceMs": {"description": "Milliseconds in batches.", "schema": {"type": "number"}},
     "ServerTiming": {"description": "The same, for browsers.", "schema": {"type": "string"}, "required": True},
+    "XLenvmP50": {"description": "Half of the answers are at most so long.", "schema": {"type": "integer"}},
+    "XLenvmP90": {"description": "90 % of the answers are at most so long.", "schema": {"type": "integer"}},
+    "XLenvmP95": {"description": "95 % of the answers are at most so long.", "schema": {"type": "integer"}},
+    "XLenvmMean": {"description": "The mean length.", "schema": {"type": "number"}},
+    "XLenvmRankKey": {"description": "Lower: less is still to come.", "schema": {"type": "number"}},
+    "XLenvmPredictionId": {"description": "For /feedback.", "schema": {"type": "string"}},
     "RetryAfter": {"description": "Seconds until a retry makes sense.", "schema": {"type": "integer", "minimum": 1}},
 }
 _REQUEST_ID: dict[str, Any] = {
@@ -64,9 +72,18 @@ _REQUEST_ID: dict[str, Any] = {
     "description": "Comes back with the answer and stands in the log. Printable ASCII, or it is replaced.",
     "schema": {"type": "string", "maxLength": 128},
 }
+_WITH_FORM = "/predict_length"
+_HEADER_FORM: dict[str, Any] = {
+    "name": HEADER_FORM,
+    "in": "header",
+    "description": "For gateways: with 1 the answer to one flat input and one model has its numbers as x-lenvm-* "
+    "headers too. A number that the prediction lacks (no distribution, other quantiles asked for) has no header.",
+    "schema": {"type": "string", "enum": ["1"]},
+}
+_FORM_HEADERS = [f"x-lenvm-{name}" for name in ("p50", "p90", "p95", "mean", "rank-key", "prediction-id")]
 
 
-def documented(summary: str, response: type[BaseModel] | None, *, errors: Sequence[int]) -> dict[str, Any]:
+def documented(summary: str, response: type[BaseModel] | UnionType | None, *, errors: Sequence[int]) -> dict[str, Any]:
     """Arguments of a route's decorator: its 200 (None is plain text), and every other status that can occur."""
     responses: dict[int | str, dict[str, Any]] = {}
     if response is not None:
@@ -122,7 +139,7 @@ def _build(app: FastAPI) -> dict[str, Any]:
     # Guidance's own class comes along with the field that is checked by it; ObjectiveFields describes that one.
     del components["schemas"][Objective.__name__]
     components["headers"] = _HEADERS
-    components["parameters"] = {"XRequestId": _REQUEST_ID}
+    components["parameters"] = {"XRequestId": _REQUEST_ID, "XLenvmHeaders": _HEADER_FORM}
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer", "description": "Where the service was given --api-keys."},
         "header": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},
@@ -136,6 +153,8 @@ def _build(app: FastAPI) -> dict[str, Any]:
 def _complete(path: str, operation: dict[str, Any]) -> None:
     """Add what FastAPI cannot know: the body, headers, and examples (whose nulls it would drop)."""
     operation["parameters"] = [{"$ref": "#/components/parameters/XRequestId"}]
+    if path == _WITH_FORM:
+        operation["parameters"].append({"$ref": "#/components/parameters/XLenvmHeaders"})
     if path != "/health/live":
         operation["security"] = [{}, {"bearer": []}, {"header": []}]  # the first: none is needed without keys
         for status in (401, 429):
@@ -148,6 +167,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     for status, response in operation["responses"].items():
         names = ["x-request-id", "x-total-ms", "server-timing"]
         names += ["x-queue-ms", "x-inference-ms"] if "504" in operation["responses"] else []
+        names += _FORM_HEADERS if path == _WITH_FORM and status == "200" else []
         names += ["retry-after"] if status in ("429", "503") else []
         response["headers"] = {name: {"$ref": f"#/components/headers/{_component(name)}"} for name in names}
         if status != "200":  # always JSON, whatever the route's own content is
@@ -157,6 +177,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
             }
             response["content"] = {"application/json": body}
         elif path in RESPONSE_EXAMPLES:
+            response["content"]["application/json"]["schema"].pop("title", None)  # FastAPI's, of a choice of answers
             response["content"]["application/json"]["example"] = RESPONSE_EXAMPLES[path]
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "InfoResponse",
     "LiveResponse",
     "ModelsResponse",
+    "PredictModelsResponse",
     "PredictResponse",
     "Prediction",
     "ReadyResponse",
@@ -111,6 +112,25 @@ class PredictResponse(Answered):
     """One prediction for each input, in order."""
 
     predictions: list[Prediction | RowError]
+
+
+class ModelPredictions(PredictResponse):
+    """What one of several models says."""
+
+    index: int
+
+
+class ModelError(RowError):
+    """A model that is missing or failed; the others answered."""
+
+    model: str
+
+
+class PredictModelsResponse(BaseModel):
+    """An entry for each of `models`, in order. Its times are its own; those of the answer are the longest of them."""
+
+    results: list[ModelPredictions | ModelError]
+    timings_ms: Timings
 
 
 class TokenScores(BaseModel):

@@ -15,10 +15,11 @@ from lenvm.errors import LenVMError
 from lenvm_service.api import responses as answer
 from lenvm_service.api import rows
 from lenvm_service.api import schemas as ask
-from lenvm_service.api.answers import deadline_of, json_response, model_response, row_answers
+from lenvm_service.api.answers import deadline_of, json_response, model_answer, row_answers, watched
 from lenvm_service.api.body import parse_object, read_body
 from lenvm_service.api.errors import RequestError
 from lenvm_service.api.openapi import documented
+from lenvm_service.api.predictions import header_form, predict_many, predict_one, wants_headers
 from lenvm_service.api.service import Service
 from lenvm_service.engine.jobs import Result
 from lenvm_service.errors import DrainingError, NotReadyError, PayloadTooLargeError
@@ -34,23 +35,27 @@ _REFUSAL_S = 1.0  # for the rest of a body that is not wanted
     "/predict_length",
     **documented(
         "Predict how many tokens are still to come",
-        answer.PredictResponse,
+        answer.PredictResponse | answer.PredictModelsResponse,
         errors=(400, 404, 413, 422, 429, 500, 503, 504),
     ),
 )
 async def predict_length(request: Request) -> Response:
     """One prediction for each prefix: at the prompt boundary, or in mid-generation. Lengths are remaining tokens, the
-    end-of-sequence token included. A bad row gets its own error; its neighbours are answered."""
+    end-of-sequence token included. A bad row gets its own error; its neighbours are answered.
+
+    With `models` each of them is asked at once, and an entry of `results` is what the call would get from that model
+    alone; a model that is missing or fails is its entry's error, and the call's only where no model answered. Compare
+    `mean` and `quantiles`, each in tokens of that model's own tokenizer and up to its own `cap` (`saturated` says so):
+    times what a token costs or takes there. `rank_key`, `value` and `horizon` do not compare."""
     service, body = await _admitted(request)
     limits = service.settings
     call = await service.offload(len(body), lambda: rows.read_predict(body, limits.max_batch_rows))
-    engine = service.engine(call.options.model)
-    deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
-    with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
-        jobs = await service.offload(len(body), lambda: rows.predict_jobs(call, engine.tokenizer, tenant))
-        return await model_response(
-            request, engine, call.options, jobs, name="predictions", flat=call.flat, deadline=deadline, reservation=room
-        )
+    as_headers = wants_headers(request, call)
+    async with watched(request.receive) as gone:
+        if call.options.models is not None:
+            return json_response(await predict_many(request, gone, call, len(body)))
+        found = await predict_one(request, gone, service.engine(call.options.model), call, len(body))
+    return json_response(found, header_form(found["predictions"][0]) if as_headers else None)
 
 
 @router.post(
@@ -73,9 +78,19 @@ async def score(request: Request) -> Response:
         jobs = await service.offload(
             len(body), lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates, tenant)
         )
-        return await model_response(
-            request, engine, call.options, jobs, name="scores", flat=call.flat, deadline=deadline, reservation=room
-        )
+        async with watched(request.receive) as gone:
+            found = await model_answer(
+                request,
+                gone,
+                engine,
+                call.options,
+                jobs,
+                name="scores",
+                flat=call.flat,
+                deadline=deadline,
+                reservation=room,
+            )
+    return json_response(found)
 
 
 @router.post(

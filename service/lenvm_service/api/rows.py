@@ -131,13 +131,17 @@ def _estimated(row: Any) -> int:
     return tokens + sum(1 + len(text) // _CHARACTERS for text in texts if isinstance(text, str))
 
 
-def predict_jobs(call: Call[PredictOptions], tokenizer: Any, tenant: str = "") -> list[Row]:
-    """A job or an error for each row of /predict_length."""
+def predict_jobs(call: Call[PredictOptions], tokenizer: Any, tenant: str = "", *, text_only: bool = False) -> list[Row]:
+    """A job or an error for each row of /predict_length. ``text_only``: ids would mean something else to another of the
+    models that are asked."""
     options = call.options
     levels = tuple(dict.fromkeys(PredictJob.quantiles if options.quantiles is None else options.quantiles))
 
     def job(row: Any) -> Job:
         found = check(PredictInput, row)
+        if text_only and (found.token_ids is not None or found.session is not None):
+            problem = "the models have different tokenizers: send prompt or messages, which mean the same to all"
+            raise InvalidRequestError(problem, param="token_ids" if found.session is None else "session")
         return PredictJob(
             _prefix(found, tokenizer, tenant),
             quantiles=levels,

@@ -151,6 +151,22 @@ class PredictOptions(RequestOptions):
     quantiles: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=64)] | None = Field(
         [0.5, 0.9, 0.95], description="Levels, each between 0 and 1."
     )
+    models: Annotated[list[Annotated[str, Field(max_length=512)]], Field(min_length=1, max_length=64)] | None = Field(
+        None,
+        description="Instead of model: each is asked, and answers in results.",
+        json_schema_extra={"uniqueItems": True},
+    )
+
+    @model_validator(mode="after")
+    def _models_once(self) -> PredictOptions:
+        problem = None
+        if self.models is not None and self.model is not None:
+            problem = "give model or models, not both"
+        elif self.models is not None and len(set(self.models)) < len(self.models):
+            problem = "models names a model twice: name each once"
+        if problem is not None:
+            raise PydanticCustomError("models", "{problem}", {"problem": problem, "param": "models"})
+        return self
 
 
 class ScoreOptions(RequestOptions):

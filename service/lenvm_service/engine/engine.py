@@ -266,6 +266,7 @@ class Engine:
                 param="generated_tokens",
             )
         cut = finish_reason == "length"
+        bins = self.core.scorer.bins
         if self._metrics is not None and not (cut and came == 0):
             self._metrics.realised(
                 came if cut else came + 1,
@@ -273,6 +274,7 @@ class Engine:
                 horizon=predicted.horizon,
                 levels=[float(level) for level in predicted.quantiles],
                 quantiles=list(predicted.quantiles.values()),
+                cap=bins.cap if bins else None,
             )
 
     def _remember(self, row: dict[str, Any], job: PredictJob) -> None:
