@@ -242,8 +242,11 @@ class Bench:
 
     def poison(self) -> dict[str, Any]:
         """An engine whose scorer raises on one row of 64, and then one whose scorer crashes once."""
+        import torch
+
         from lenvm_service.engine import Engine, EngineOptions, PredictJob, Prefix
 
+        torch.set_num_threads(1)
         engine = Engine("m", "smollm2-135m-instruct", EngineOptions())
         engine.start()
         while engine.state == "loading":
