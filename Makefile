@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BACKBONE := smollm2-135m-instruct
-SOURCES := models service clients tests benchmarks reports
+SOURCES := models service clients tests benchmarks reports deploy
 # `make serve PORT=9000 MODEL=NAME_OR_DIR` changes what it serves.
 PORT ?= 8000
 MODEL ?= $(BACKBONE)

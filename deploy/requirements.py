@@ -1,4 +1,4 @@
-"""``python deploy/requirements.py EXTRA``: what the project needs with an extra, a requirement a line, for pip's ``-r``.
+"""``python deploy/requirements.py EXTRA``: what the project needs with an extra, one a line, for pip's ``-r``.
 
 Read from ``pyproject.toml`` in the current folder, so that an image can install it before the sources are there.
 """
@@ -15,7 +15,7 @@ _OURS = re.compile(r"lenvm\[([a-z, -]+)\]")
 
 
 def requirements(project: dict[str, Any], extra: str) -> list[str]:
-    """The base's requirements and those of an extra, the extras that it names resolved. Raises KeyError for no extra."""
+    """Those of the base and of an extra, with the extras that it names. Raises KeyError for no extra."""
     found = list(project["dependencies"])
     waiting, seen = [extra], set()
     while waiting:

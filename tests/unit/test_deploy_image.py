@@ -1,4 +1,4 @@
-"""Dockerfile and Compose: no engine here, so linters read them, and their parts (probe, requirements, flags) are run."""
+"""Dockerfile and Compose: no engine here, linters read them, and their parts (probe, requirements, flags) are run."""
 
 from __future__ import annotations
 
