@@ -15,7 +15,7 @@ _TIMEOUT_S = 5.0
 
 def main() -> int:
     path = sys.argv[1] if len(sys.argv) > 1 else "/health/ready"
-    key = os.environ.get("LENVM_PROBE_KEY")
+    key = os.environ.get("LENVM_PROBE_KEY", "").strip()  # a file that a Secret was made from may end with a line break
     connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("LENVM_PORT") or 8000), timeout=_TIMEOUT_S)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})

@@ -43,7 +43,10 @@ FULL: dict[str, Any] = {
     **{name: {"enabled": True} for name in ("autoscaling", "serviceMonitor", "prometheusRule", "grafanaDashboard")},
 }
 # Values that another one overrules in FULL.
-BESIDE: dict[str, dict[str, Any]] = {"replicaCount": {"autoscaling": {"enabled": False}}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "replicaCount": {"autoscaling": {"enabled": False}},
+    "rollout.maxSurge": {"rollout": {"maxUnavailable": 1}},
+}
 
 
 class ChartError(Exception):
@@ -187,6 +190,7 @@ def test_the_schema_refuses_another_type(path: str) -> None:
         ({"autoscaling": {"minReplicas": 0}}, "/autoscaling/minReplicas"),
         ({"podDisruptionBudget": {"maxUnavailable": "some"}}, "/podDisruptionBudget/maxUnavailable"),
         ({"apiKeys": {"enabled": True}}, "apiKeys.enabled needs"),
+        ({"rollout": {"maxSurge": 0}}, "no pod could ever be replaced"),
     ],
 )
 def test_helm_refuses_a_wrong_value(wrong: dict[str, Any], said: str, helm: Helm) -> None:

@@ -168,7 +168,7 @@ def test_the_probe(health: tuple[type[Health], dict[str, str]]) -> None:
     handler.ready, handler.key = True, "lenvm-secret"
     assert probe([], variables) == 1
     assert probe(arguments, variables) == 0
-    assert probe([], {**variables, "LENVM_PROBE_KEY": "lenvm-secret"}) == 0
+    assert probe([], {**variables, "LENVM_PROBE_KEY": "lenvm-secret\n"}) == 0
 
 
 def test_the_probe_of_a_process_that_is_gone() -> None:
