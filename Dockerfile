@@ -41,8 +41,10 @@ FROM runtime-${EXTRA}
 RUN useradd --uid 10001 --create-home lenvm && install -d -o lenvm -g lenvm /cache /models
 COPY --from=dependencies /opt/lenvm /opt/lenvm
 COPY --chmod=755 deploy/probe.py /usr/local/bin/lenvm-probe
+# Code that is compiled at run time goes into the volume too: /tmp may be mounted without leave to execute.
 ENV PATH=/opt/lenvm/bin:$PATH PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    LENVM_HOST=0.0.0.0 LENVM_CACHE=/cache HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton
+    LENVM_HOST=0.0.0.0 LENVM_CACHE=/cache HF_HOME=/cache/huggingface \
+    TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps /wheels/*.whl
 # By number: Kubernetes cannot tell that a name is not root's.
