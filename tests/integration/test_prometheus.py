@@ -145,6 +145,11 @@ def traffic(client: Client, round_: int) -> None:
     client.score_candidates([{**row, "generated": 1, "objective": {"kind": "at_most", "target": 20}}])
 
 
+def wrong(server: Prometheus) -> set[str]:
+    """Alerts that have no business here."""
+    return {name for name in server.firing() if re.search("Down|Absent|NotReady|EngineFailing|Budget|Refus", name)}
+
+
 def test_every_dashboard_query_returns_data_and_alerts_fire(
     prometheus: Prometheus, keyed_service: tuple[ServiceProcess, str], redis_server: RedisServer
 ) -> None:
@@ -162,8 +167,8 @@ def test_every_dashboard_query_returns_data_and_alerts_fire(
 
     with Client(service.url, api_key=key, timeout=30, max_retries=0) as client:
         until(all_have_data, lambda: waiting)
-    assert prometheus.query('up{job="lenvm"}') == [1.0]
-    assert not {name for name in prometheus.firing() if re.search("Down|Absent|NotReady|Budget|Refus", name)}
+    # Not at once: on a busy machine a scrape may come too late, and Redis may.
+    until(lambda: prometheus.query('up{job="lenvm"}') == [1.0] and not wrong(prometheus), prometheus.firing)
 
     redis_server.kill()
     with Client(service.url, api_key=key, timeout=30, max_retries=0) as client:
