@@ -2,14 +2,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install pull demo serve stop check audit redis test bench clean
+.PHONY: help install pull demo serve stop check audit redis prometheus tools test bench clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BACKBONE := smollm2-135m-instruct
-SOURCES := models service clients tests benchmarks reports
+SOURCES := models service clients tests benchmarks reports deploy
 # `make serve PORT=9000 MODEL=NAME_OR_DIR` changes what it serves.
 PORT ?= 8000
 MODEL ?= $(BACKBONE)
@@ -74,6 +74,16 @@ redis:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server; \
 	  else echo "error: the tests need a redis-server: install it first (on Debian: apt-get install redis-server)" >&2; exit 1; fi; }
 
+prometheus:
+	@command -v prometheus > /dev/null && command -v promtool > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus; \
+	  else echo "error: the tests need prometheus: install it first (on Debian: apt-get install prometheus)" >&2; exit 1; fi; }
+
+# helm, hadolint and schemas, which check deploy/, into build/tools.
+tools: install
+	@$(BIN)/python tests/support/deploy_tools.py
+
 # Known vulnerabilities of the pinned versions, by PyPI's advisories.
 audit: install
 	@if curl -sf -m 20 -o /dev/null https://pypi.org/pypi/pip/24.0/json; then \
@@ -82,7 +92,7 @@ audit: install
 	else echo "audit: not run: PyPI's advisories cannot be reached from here"; fi
 
 # With the backbone there, nothing may be skipped for want of it.
-test: pull redis
+test: pull redis prometheus tools
 	LENVM_REQUIRE_REAL=1 $(BIN)/python -m pytest $(ARGS)
 
 bench: pull
