@@ -187,6 +187,10 @@ class EngineMetrics:
         metrics.ready.labels(model).set(0)
         metrics.failures.labels(model)
         metrics.queue_tokens.labels(model).set(0)
+        for counter in (metrics.shared_corrupt, metrics.shared_results, metrics.shared_written, metrics.evictions):
+            counter.labels(model)
+        for reason in ("queue", "error", "breaker", "quota"):
+            metrics.shared_dropped.labels(model, reason)
         for source in ("computed", "cached", "shared", "promoted"):
             metrics.tokens.labels(model, source)
 
