@@ -27,6 +27,7 @@ from lenvm_client.errors import (
 
 if TYPE_CHECKING:
     from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow
+    from lenvm_client._text import TextAdapter
     from lenvm_client._types import (
         CandidateInput,
         CandidateScorer,
@@ -89,6 +90,7 @@ __all__ = [
     "ServiceInfo",
     "ServiceTimeoutError",
     "ServiceUnreachableError",
+    "TextAdapter",
     "TokenScores",
     "UnauthorizedError",
     "WeightedRow",
@@ -120,6 +122,7 @@ _LAZY = {
     "RowReport": "lenvm_client._steps",
     "ScoreResponse": "lenvm_client._types",
     "ServiceInfo": "lenvm_client._types",
+    "TextAdapter": "lenvm_client._text",
     "TokenScores": "lenvm_client._types",
     "WeightedRow": "lenvm_client._steps",
 }
