@@ -36,8 +36,8 @@ __all__ = ["Core", "OnError", "RowFailure"]
 FORCED_STOP_LOGPROB = math.log(1e-3)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 ROW_RETRIES = 2
-# How many tokens a known session may lie behind: re-encoding a text changes its last few tokens.
-TEXT_REACH = 8
+# Re-encoding a text changes its last few tokens, so that the session that is gone on from may lie further behind.
+TEXT_APPEND = 8
 
 # No waiting cures these: before a row's first guided step they are raised, whatever on_error says.
 _HOPELESS = (
@@ -70,6 +70,7 @@ class Core:
         max_body_bytes: int = 2 << 20,
         max_prefixes: int = 8192,
         text: TextAdapter | None = None,
+        max_append: int | None = None,
     ) -> None:
         if on_error not in ("passthrough", "raise", "log"):
             message = f'on_error must be "passthrough", "raise" or "log", not {on_error!r}'
@@ -80,6 +81,7 @@ class Core:
         self.max_batch_rows = max_batch_rows
         self.max_body_bytes = max_body_bytes
         self.text = text
+        self.max_append = max_append or (1 if text is None else TEXT_APPEND)
         self._sessions: Recent[bytes, str] = Recent(max_prefixes)
         self._records: Recent[Lineage, Record] = Recent(max_prefixes)
         self._tilts: Recent[Lineage, Mapping[str, Any]] = Recent(max_prefixes)
@@ -196,10 +198,10 @@ class Core:
             row, ends = x.row, self._ends(x.row)
             if self.text is None or row.objective is None:
                 x.view = View(row.prefix, row.generated, x.ids, x.logprobs, row.objective, ends)
-                x.digests = [x.parent, x.digest]
             else:
                 x.view = self.text.view(row, x.ids, x.logprobs, ends)
-                x.digests = digests(x.view.prefix, TEXT_REACH)
+            same = self.text is None and self.max_append == 1
+            x.digests = [x.parent, x.digest] if same else digests(x.view.prefix, self.max_append)
         return x.view
 
     def _input(self, x: Live) -> CandidateInput:

@@ -60,6 +60,8 @@ class GuidedDecoder(Core):
         max_prefixes: prefixes remembered; at least twice the rows of a step, more with beams.
         text: for a backbone with another tokenizer than the value model's, and for targets in words, characters or
             sentences.
+        max_append: how many tokens a known session may lie behind a row's prefix and still be gone on from: 1 by
+            default (8 with ``text``), more where rows advance by blocks.
     """
 
     _sleep = staticmethod(time.sleep)  # a seam of the tests
@@ -75,6 +77,7 @@ class GuidedDecoder(Core):
         max_body_bytes: int = 2 << 20,
         max_prefixes: int = 8192,
         text: TextAdapter | None = None,
+        max_append: int | None = None,
     ) -> None:
         super().__init__(
             scorer,
@@ -85,6 +88,7 @@ class GuidedDecoder(Core):
             max_body_bytes=max_body_bytes,
             max_prefixes=max_prefixes,
             text=text,
+            max_append=max_append,
         )
 
     def step(self, rows: Sequence[GuidedRow]) -> list[WeightedRow]:

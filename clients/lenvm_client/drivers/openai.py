@@ -61,7 +61,7 @@ def generate(
         raise InvalidRequestError("needs prompt_ids, eos_ids, counts of at least 1, and a temperature not below 0")
     if loop != "step" and objective is not None and objective.get("method") == "paper":
         raise InvalidRequestError("the paper's rules compare candidates of one step: use loop='step'", param="loop")
-    decoder = GuidedDecoder(scorer, eos_ids, on_error=on_error, text=text)
+    decoder = GuidedDecoder(scorer, eos_ids, on_error=on_error, text=text, max_append=block_tokens + 1)
     decoder.start(sampled=loop == "step" and temperature > 0)
     seed = random.getrandbits(63) if seed is None else seed
     run = _Run(completions, decoder, list(prompt_ids), objective, temperature, seed)
@@ -129,9 +129,10 @@ class _Run:
             if not biased and asked:
                 rows = [self._end(prefix, choice, len(answer)) for choice in choices]
                 weighted = self.decoder.step(rows)
-                guided += all(each.guided for each in weighted)
+                known = all(each.guided for each in weighted)
+                guided += known
                 law = WeightedRow(
-                    tuple(range(len(rows))), (0.0,) * len(rows), tuple(w.log_weights[0] for w in weighted)
+                    tuple(range(len(rows))), (0.0,) * len(rows), tuple(known * w.log_weights[0] for w in weighted)
                 )
                 choice = choices[law.draw(uniform(self.seed, steps))]
             answer, ended, steps = [*answer, *choice.ids], choice.ended or not choice.ids, steps + 1
