@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 
@@ -22,10 +22,13 @@ class Choice:
 
 
 class Completions:
-    """``/completions`` of one server and model. Raises ServiceUnreachableError, ServiceTimeoutError and BadAnswerError.
+    """``/completions`` of one server and model; close it, or use it in a ``with`` block. Raises
+    ServiceUnreachableError, ServiceTimeoutError and BadAnswerError.
 
     Args:
         base_url: with the version, e.g. ``http://127.0.0.1:8080/v1``.
+        decode: ids -> text, special tokens kept; for servers that take prompts as text alone. A text may be read back
+            as other tokens than those that it was written with.
         token_id: text of a token -> its id (None: it has none); for servers that send no ids.
         extra_body: sent with every request.
         http: an ``httpx2.Client`` of your own; it is not closed.
@@ -37,20 +40,33 @@ class Completions:
         model: str,
         *,
         api_key: str | None = None,
+        decode: Callable[[list[int]], str] | None = None,
         token_id: Callable[[str], int | None] | None = None,
         extra_body: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         http: httpx2.Client | None = None,
     ) -> None:
         self.url, self.model = base_url.rstrip("/") + "/completions", model
-        self.token_id, self.extra_body = token_id, dict(extra_body or {})
+        self.decode, self.token_id, self.extra_body = decode, token_id, dict(extra_body or {})
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._http = http or httpx2.Client(timeout=timeout)
+        self._http, self._owned = http or httpx2.Client(timeout=timeout), http is None
         self._headers = headers
+
+    def close(self) -> None:
+        """Close the connections; those of ``http`` stay."""
+        if self._owned:
+            self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __call__(self, prefix: Sequence[int], ends: Sequence[int], **options: Any) -> list[Choice]:
         """The choices after a prefix."""
-        body = {"model": self.model, "prompt": list(prefix), **options, **self.extra_body}
+        prompt = list(prefix) if self.decode is None else self.decode(list(prefix))
+        body = {"model": self.model, "prompt": prompt, **options, **self.extra_body}
         try:
             answer = self._http.post(self.url, json=body, headers=self._headers)
         except httpx2.HTTPError as error:

@@ -7,7 +7,7 @@ asks once what lengths their ends lead to, and keeps one: no log-probs needed, a
 
 Prompts are sent as token ids, and ids are wanted back; servers differ in how they give them: llama.cpp's gives ``id``s
 by itself, vLLM with ``extra_body={"return_tokens_as_token_ids": True}``. Else give ``token_id``, which finds the id of
-a token's text.
+a token's text, and ``decode`` where even prompts must be text.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ class _Run:
         while len(answer) < max_tokens:
             prefix = [*self.prompt, *answer]
             # At temperature 1 log-probs are the same before and after it.
-            (choice, *_) = self.completions(prefix, ends, max_tokens=1, logprobs=top_k, temperature=1.0)
+            options: dict[str, Any] = {"max_tokens": 1, "logprobs": top_k, "temperature": 1.0}
+            (choice, *_) = self.completions(prefix, ends, **options)
+            if choice.ended and not choice.top:  # some servers tell nothing about an EOS that they drew themselves
+                options["logit_bias"] = {str(end): -LARGEST_BIAS for end in ends}
+                (choice, *_) = self.completions(prefix, ends, **options)
             logs = _tempered(choice.top, ends, self.temperature or 1.0)
             row = GuidedRow(
                 prefix=prefix,
@@ -108,47 +112,43 @@ class _Run:
 
     def blocks(self, max_tokens: int, size: int, n: int, *, biased: bool) -> tuple[list[int], GuidanceReport]:
         ends, answer, steps, guided, ended = self.decoder.end_ids, list[int](), 0, 0, False
-        if self.objective is not None and self.objective.get("kind") == "scale":
+        asked = self.objective is not None
+        if asked and self.objective.get("kind") == "scale":
             self.decoder.step([self._row(self.prompt, ends[0], 0)])  # resolved at the prompt boundary alone
         while len(answer) < max_tokens and not ended:
-            options: dict[str, Any] = {
-                "max_tokens": min(size, max_tokens - len(answer)),
-                "temperature": self.temperature,
-            }
             prefix = [*self.prompt, *answer]
-            asked = self.objective is not None
-            if biased:
-                bias = self._bias(prefix, len(answer)) if asked and answer else None
-                options["logit_bias"] = {str(end): bias for end in ends if bias is not None}
-                guided += bias is not None
-            seed = int(uniform(self.seed, steps) * (1 << 31))
-            choices = self.completions(
-                prefix, ends, n=n, logprobs=1, seed=seed, temperature=self.temperature, **options
-            )
-            choice = choices[0]
-            if not biased and asked:
-                rows = [self._end(prefix, choice, len(answer)) for choice in choices]
-                weighted = self.decoder.step(rows)
-                known = all(each.guided for each in weighted)
-                guided += known
-                law = WeightedRow(
-                    tuple(range(len(rows))), (0.0,) * len(rows), tuple(known * w.log_weights[0] for w in weighted)
-                )
-                choice = choices[law.draw(uniform(self.seed, steps))]
-            answer, ended, steps = [*answer, *choice.ids], choice.ended or not choice.ids, steps + 1
-        report = RowReport(steps, guided, steps - guided if self.objective is not None else 0, text_cost=math.nan)
+            options: dict[str, Any] = {"temperature": self.temperature, "n": n, "logprobs": 1}
+            options["max_tokens"] = min(size, max_tokens - len(answer))
+            options["seed"] = int(uniform(self.seed, steps) * (1 << 31))
+            bias = self._bias(prefix, len(answer)) if biased and asked and answer else None
+            if bias is not None:
+                options["logit_bias"] = {str(end): bias for end in ends}
+            choices = self.completions(prefix, ends, **options)
+            law = None if biased or not asked else self._law(prefix, choices, len(answer))
+            kept = choices[0 if law is None else law.draw(uniform(self.seed, steps))]
+            answer, ended = [*answer, *kept.ids], kept.ended or not kept.ids
+            steps, guided = steps + 1, guided + (bias is not None or (law is not None and law.guided))
+        report = RowReport(steps, guided, steps - guided if asked else 0, text_cost=math.nan)
         return answer, replace(self.decoder.report([]), rows=(report,))
+
+    def _law(self, prefix: list[int], choices: Sequence[Choice], generated: int) -> WeightedRow:
+        """Which continuation to keep. The server drew them from its own law: they are alike but for the log-weights of
+        the states that they end in."""
+        rows = []
+        for choice in choices:
+            # The last token is a candidate of all before it.
+            whole = [*prefix, *choice.ids, *([self.decoder.end_ids[0]] if choice.ended or not choice.ids else [])]
+            rows.append(self._row(whole[:-1], whole[-1], generated + len(whole) - len(prefix) - 1))
+        weighted = self.decoder.step(rows)
+        guided = all(each.guided for each in weighted)
+        weights = tuple(each.log_weights[0] if guided else 0.0 for each in weighted)
+        return WeightedRow(tuple(range(len(rows))), (0.0,) * len(rows), weights, guided)
 
     def _row(self, prefix: Sequence[int], token: int, generated: int) -> GuidedRow:
         """One candidate alone: its log-weight is that of the state that it leads to."""
         return GuidedRow(
             prefix=prefix, candidates=[token], logprobs=[0.0], generated=generated, objective=self.objective
         )
-
-    def _end(self, prefix: list[int], choice: Choice, generated: int) -> GuidedRow:
-        """The last token of a continuation as a candidate of all before it."""
-        whole = [*prefix, *choice.ids, *([self.decoder.end_ids[0]] if choice.ended or not choice.ids else [])]
-        return self._row(whole[:-1], whole[-1], generated + len(whole) - len(prefix) - 1)
 
     def _bias(self, prefix: list[int], generated: int) -> float | None:
         """What ending here is worth against going on as the value model expects: the guided law's log-odds of EOS
