@@ -146,6 +146,10 @@ class Core:
             raise InvalidRequestError(f"row {at} needs a prefix, and as many logprobs as candidates", param="logprobs")
         if row.objective is not None and not isinstance(row.objective, Mapping):
             raise InvalidRequestError(f'row {at}: an objective looks like {{"kind": ...}}', param="objective")
+        if self.text is None and (row.objective or {}).get("unit", "tokens") != "tokens":
+            raise InvalidRequestError(
+                f"row {at}: a unit is counted on text: give the decoder a TextAdapter", param="unit"
+            )
         chances = {int(i): float(p) for i, p in zip(row.candidates, row.logprobs, strict=True)}
         if len(chances) != len(row.candidates):
             raise InvalidRequestError(f"row {at} names a candidate twice: give each once", param="candidates")
@@ -197,7 +201,8 @@ class Core:
         if x.view is None:
             row, ends = x.row, self._ends(x.row)
             if self.text is None or row.objective is None:
-                x.view = View(row.prefix, row.generated, x.ids, x.logprobs, row.objective, ends)
+                objective = row.objective and {name: row.objective[name] for name in row.objective if name != "unit"}
+                x.view = View(row.prefix, row.generated, x.ids, x.logprobs, objective, ends)
             else:
                 x.view = self.text.view(row, x.ids, x.logprobs, ends)
             same = self.text is None and self.max_append == 1

@@ -88,6 +88,18 @@ class TextAdapter:
         self._prompts: Recent[bytes, tuple[str, list[int]]] = Recent(max_prompts)
         self._first_ids: dict[int, int | None] = {}
 
+    @classmethod
+    def from_tokenizers(cls, backbone: Any, model: Any = None) -> TextAdapter:
+        """Of transformers' tokenizers; ``model``: the value model's, None where it has the backbone's."""
+
+        def decode(ids: list[int]) -> str:
+            return str(backbone.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+        def encode(text: str) -> list[int]:
+            return [int(token) for token in model.encode(text, add_special_tokens=False)]
+
+        return cls(decode) if model is None else cls(decode, encode, eos_id=model.eos_token_id)
+
     def estimates(self, objective: Mapping[str, Any] | None) -> tuple[str, ...]:
         """What is estimated for a row of this objective: "tokenizer" and the unit, where they are not the model's."""
         unit = "tokens" if objective is None else str(objective.get("unit", "tokens"))

@@ -210,6 +210,9 @@ class TestServers:
             replies.append({"token_ids": [5, 6], "logprobs": None, "finish_reason": "length"})
             (choice,) = plain([1], [EOS])
             assert (choice.ids, choice.top, choice.ended) == ([5, 6], {}, False)
+            replies.append({"text": "ab", "logprobs": None, "finish_reason": "length"})
+            reading = Completions("http://x/v1", "m", http=http, encode=lambda text: [ids[each] for each in text])
+            assert reading([1], [EOS])[0].ids == [7, 9]
             replies.append({"logprobs": 7})
             with pytest.raises(BadAnswerError, match="no answer of an OpenAI-compatible server"):
                 plain([1], [EOS])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lenvm_client import CandidateInput, GuidedDecoder, InvalidRequestError, ServiceTimeoutError
+from lenvm_client import CandidateInput, GuidedDecoder, GuidedRow, InvalidRequestError, ServiceTimeoutError
 from lenvm_client.drivers import hf
 from lenvm_client.drivers._host import (
     DeadlineScorer,
@@ -474,8 +474,11 @@ class TestHostParts:
         for bad in (0, 257, "8", True, 2.0):
             with pytest.raises(InvalidRequestError, match="lenvm_top_k"):
                 parse_objective({"lenvm": OBJECTIVES[0], "lenvm_top_k": bad})
-        with pytest.raises(InvalidRequestError, match="unit must be"):
-            parse_objective({"lenvm": {**OBJECTIVES[1], "unit": "pages"}})
+        words, tokenizer = {**OBJECTIVES[1], "unit": "words"}, {"LENVM_CLIENT_TOKENIZER": "t"}
+        assert parse_objective({"lenvm": words}, tokenizer) == (words, 16)
+        for bad_unit, environment in (("pages", tokenizer), ("words", {})):
+            with pytest.raises(InvalidRequestError, match="unit must be"):
+                parse_objective({"lenvm": {**OBJECTIVES[1], "unit": bad_unit}}, environment)
 
     def test_the_environment_names_the_service(self) -> None:
         environment = {
@@ -491,6 +494,21 @@ class TestHostParts:
         for bad in ("0", "-1", "inf"):
             with pytest.raises(InvalidRequestError, match="DEADLINE"):
                 decoder_from_environment({"LENVM_CLIENT_DEADLINE_S": bad})
+
+    def test_the_environment_names_tokenizers(self, tiny_backbone: Path) -> None:
+        name = str(tiny_backbone)
+        assert decoder_from_environment({}).text is None
+        same = decoder_from_environment({"LENVM_CLIENT_TOKENIZER": name}).text
+        assert same is not None
+        assert same.estimates({"kind": "equal_to", "target": 3, "unit": "words"}) == ("words",)
+        other = decoder_from_environment({"LENVM_CLIENT_TOKENIZER": name, "LENVM_CLIENT_MODEL_TOKENIZER": name}).text
+        assert other is not None
+        assert other.estimates(None) == ("tokenizer",)
+        # Through text and back: the same ids, and EOS for every end.
+        row = GuidedRow(prefix=[20, 30, 31], candidates=[40, 41, STOP], logprobs=[-1.0, -2.0, -3.0], generated=1)
+        view = other.view(row, row.candidates, row.logprobs, (STOP,))
+        assert (view.prefix, view.generated) == ([20, 30, 31], 1)
+        assert (view.candidates, view.end_ids) == ((EOS, 41), (EOS,))
 
     def test_a_late_answer_is_not_waited_for(self) -> None:
         gate, asked = threading.Event(), []

@@ -153,6 +153,14 @@ class TestOtherTokenizer:
         assert scorer.calls[0][0].objective == scale
         assert scorer.calls[1][0].objective == {"kind": "tilt", "lambda": 0.01 * sum(encode("ab "))}
 
+    def test_a_unit_needs_an_adapter(self) -> None:
+        scorer = FakeScorer()
+        decoder = GuidedDecoder(scorer, [EOS])
+        with pytest.raises(InvalidRequestError, match="give the decoder a TextAdapter"):
+            decoder.step([row([2], 0, {"kind": "equal_to", "target": 5, "unit": "words"})])
+        decoder.step([row([2], 0, {"kind": "equal_to", "target": 5, "unit": "tokens"})])
+        assert scorer.calls[0][0].objective == {"kind": "equal_to", "target": 5}
+
     def test_arguments(self) -> None:
         with pytest.raises(InvalidRequestError, match="eos_id"):
             TextAdapter(decode, encode)

@@ -29,7 +29,10 @@ class Completions:
         base_url: with the version, e.g. ``http://127.0.0.1:8080/v1``.
         decode: ids -> text, special tokens kept; for servers that take prompts as text alone. A text may be read back
             as other tokens than those that it was written with.
-        token_id: text of a token -> its id (None: it has none); for servers that send no ids.
+        token_id: text of a token -> its id (None: it has none); for servers that send no ids. The text of EOS is often
+            empty.
+        encode: text -> ids, no special tokens added; for servers that send no ids. Continuations are then read from
+            their text, and no log-probs are asked for in the block loops.
         extra_body: sent with every request.
         http: an ``httpx2.Client`` of your own; it is not closed.
     """
@@ -42,12 +45,14 @@ class Completions:
         api_key: str | None = None,
         decode: Callable[[list[int]], str] | None = None,
         token_id: Callable[[str], int | None] | None = None,
+        encode: Callable[[str], Sequence[int]] | None = None,
         extra_body: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         http: httpx2.Client | None = None,
     ) -> None:
         self.url, self.model = base_url.rstrip("/") + "/completions", model
-        self.decode, self.token_id, self.extra_body = decode, token_id, dict(extra_body or {})
+        self.decode, self.token_id, self.encode = decode, token_id, encode
+        self.extra_body = dict(extra_body or {})
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._http, self._owned = http or httpx2.Client(timeout=timeout), http is None
         self._headers = headers
@@ -89,7 +94,10 @@ class Completions:
             ids = [self._id(token) for token in logprobs.get("tokens") or ()]
             first = (logprobs.get("top_logprobs") or [{}])[0] or {}
             top = [(self._id(token), logprob) for token, logprob in first.items()]
-        ids = ids if given is None else [int(token) for token in given]
+        if given is not None:
+            ids = [int(token) for token in given]
+        elif not ids and self.encode is not None:
+            ids = [int(token) for token in self.encode(choice["text"])]
         ended = choice.get("finish_reason") == "stop"
         at = next((at for at, token in enumerate(ids) if token in ends), len(ids))
         if any(token is None for token in ids[:at]):

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from lenvm_client._steps import GuidedRow, WeightedRow, uniform
-from lenvm_client._text import UNITS
+from lenvm_client._text import UNITS, TextAdapter
 from lenvm_client._types import CandidateInput, CandidateScores, RowError
 from lenvm_client.errors import InvalidRequestError, ServiceTimeoutError
 from lenvm_client.guided import GuidedDecoder
@@ -87,7 +87,9 @@ def candidates(logprobs: Sequence[float], top_k: int, top_p: float = 1.0, min_p:
     return kept
 
 
-def parse_objective(arguments: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, int]:
+def parse_objective(
+    arguments: Mapping[str, Any] | None, environment: Mapping[str, str] = os.environ
+) -> tuple[Mapping[str, Any] | None, int]:
     """The objective and the ``top_k`` of a request's free arguments: ``{"lenvm": {"kind": "equal_to", "target": 200}}``
     as an object or as JSON text, and ``lenvm_top_k`` beside it. None where there is no objective.
 
@@ -102,8 +104,10 @@ def parse_objective(arguments: Mapping[str, Any] | None) -> tuple[Mapping[str, A
         raise InvalidRequestError(f"{KEY} must be an objective as JSON: {error}", param=KEY) from error
     if not isinstance(objective, Mapping) or objective.get("kind") not in KINDS:
         raise InvalidRequestError(f'{KEY} must look like {{"kind": "equal_to", "target": 200}}', param=KEY)
-    if objective.get("unit", "tokens") not in UNITS:
-        raise InvalidRequestError(f"unit must be one of {', '.join(UNITS)}", param=KEY)
+    unit = objective.get("unit", "tokens")
+    if unit not in UNITS or (unit != "tokens" and not environment.get("LENVM_CLIENT_TOKENIZER")):
+        message = f"unit must be one of {', '.join(UNITS)}; all but tokens need LENVM_CLIENT_TOKENIZER"
+        raise InvalidRequestError(message, param=KEY)
     top_k = (arguments or {}).get(f"{KEY}_top_k", 16)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= 256:
         raise InvalidRequestError(f"{KEY}_top_k must be a whole number from 1 to 256", param=f"{KEY}_top_k")
@@ -144,7 +148,10 @@ class DeadlineScorer:
 def decoder_from_environment(environment: Mapping[str, str] = os.environ) -> GuidedDecoder:
     """The decoder of an engine's process: the service at ``LENVM_CLIENT_URL`` (``http://127.0.0.1:8000``), with
     ``LENVM_CLIENT_API_KEY``, ``LENVM_CLIENT_MODEL`` and, for each step, ``LENVM_CLIENT_DEADLINE_S`` (0.25). Steps that
-    are late or fail go on unguided."""
+    are late or fail go on unguided.
+
+    ``LENVM_CLIENT_TOKENIZER`` names the backbone's tokenizer as transformers know it, for targets in words, characters
+    or sentences; ``LENVM_CLIENT_MODEL_TOKENIZER`` that of the value model, where it is another: see ``TextAdapter``."""
     from lenvm_client.client import Client
 
     deadline = float(environment.get("LENVM_CLIENT_DEADLINE_S", 0.25))
@@ -159,4 +166,10 @@ def decoder_from_environment(environment: Mapping[str, str] = os.environ) -> Gui
     )
     # The service drops by itself what would come too late.
     score = partial(client.score_candidates, deadline_ms=1000.0 * deadline)
-    return GuidedDecoder(DeadlineScorer(score, deadline), (), on_error="log")
+    text = None
+    names = [environment.get(f"LENVM_CLIENT_{name}") for name in ("TOKENIZER", "MODEL_TOKENIZER")]
+    if names[0]:
+        from transformers import AutoTokenizer
+
+        text = TextAdapter.from_tokenizers(*(AutoTokenizer.from_pretrained(name) for name in names if name))
+    return GuidedDecoder(DeadlineScorer(score, deadline), (), on_error="log", text=text)

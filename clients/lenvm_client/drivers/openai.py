@@ -7,7 +7,7 @@ asks once what lengths their ends lead to, and keeps one: no log-probs needed, a
 
 Prompts are sent as token ids, and ids are wanted back; servers differ in how they give them: llama.cpp's gives ``id``s
 by itself, vLLM with ``extra_body={"return_tokens_as_token_ids": True}``. Else give ``token_id``, which finds the id of
-a token's text, and ``decode`` where even prompts must be text.
+a token's text, ``encode`` for the block loops, and ``decode`` where even prompts must be text.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class _Run:
             self.decoder.step([self._row(self.prompt, ends[0], 0)])  # resolved at the prompt boundary alone
         while len(answer) < max_tokens and not ended:
             prefix = [*self.prompt, *answer]
-            options: dict[str, Any] = {"temperature": self.temperature, "n": n, "logprobs": 1}
+            options: dict[str, Any] = {"temperature": self.temperature, "n": n}
+            if self.completions.encode is None:
+                options["logprobs"] = 1  # for the ids
             options["max_tokens"] = min(size, max_tokens - len(answer))
             options["seed"] = int(uniform(self.seed, steps) * (1 << 31))
             bias = self._bias(prefix, len(answer)) if biased and asked and answer else None
