@@ -1,12 +1,13 @@
-"""Length scores of one model through several drivers, transformers in-process, transformers over HTTP and llama.cpp; and
+"""Length scores of one model through several drivers (transformers in-process, transformers over HTTP, llama.cpp), and
 of targets in words beside unguided answers.
 
     python benchmarks/drivers.py --data ../shared/data --gguf MODEL.gguf --report reports/drivers.json
 
 LIFEBench, Equal To, at ``--targets`` tokens in turn, ``--generations`` in all, temperature 0.7, 16 candidates and EOS,
 one seed a generation. ``hf`` and ``hf_http`` draw the same tokens but for rounding; llama.cpp computes with 8-bit
-activations, so that its answers part from theirs. Without ``--gguf`` (the backbone's own file) it is left out. ``--url``
-asks a running service; otherwise one is started. Words: English LongBench-Write prompts of at most ``--most-words``.
+activations, so that its answers part from theirs. Without ``--gguf`` (the backbone's own file) it is left out.
+``--url`` asks a running service; otherwise one is started. Words: English LongBench-Write prompts of at most
+``--most-words``.
 """
 
 from __future__ import annotations

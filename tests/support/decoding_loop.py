@@ -108,7 +108,22 @@ class MoveDirectionality(enum.Enum):
     SWAP = enum.auto()
 
 
+class Group:
+    """A tensor-parallel group seen from one of its ranks; ``told`` is what rank 0 broadcast."""
+
+    def __init__(self, rank: int = 0, told: list[Any] | None = None) -> None:
+        self.rank_in_group, self.told = rank, [] if told is None else told
+
+    def broadcast_object(self, obj: Any | None = None, src: int = 0) -> Any:
+        if self.rank_in_group == src:
+            self.told.append(obj)
+            return obj
+        return self.told.pop(0)
+
+
 def install_vllm(monkeypatch: Any, *, v2: bool) -> None:
+    group = Group()
+    module(monkeypatch, "vllm.distributed.parallel_state", get_tp_group=lambda: group)
     v1 = abstract("vllm", "vllm/v1/sample/logits_processor/interface.py", "LogitsProcessor", ["validate_params"])
     module(monkeypatch, "vllm.v1.sample.logits_processor", LogitsProcessor=v1, MoveDirectionality=MoveDirectionality)
     if v2:
@@ -285,7 +300,7 @@ class Sglang:
 
     class Req:
         def __init__(self, request: Request, sampling: Any, eos: set[int]) -> None:
-            self.origin_input_ids, self.output_ids = request.prompt, request.answer
+            self.rid, self.origin_input_ids, self.output_ids = "r", request.prompt, request.answer
             self.eos_token_ids, self.tokenizer, self.sampling_params = eos, None, sampling
             sampling.custom_params = {**sampling.custom_params, "__req__": weakref.proxy(self)}
 

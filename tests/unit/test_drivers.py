@@ -347,8 +347,53 @@ class TestHosts:
                 host = loops.VllmV2(driver, vllm_params(0.8))
                 answers = loops.decode(host, next_logits, requests(), ends=ENDS, max_tokens=6)
             assert all(answers)
+        monkeypatch.setattr(scorer, "_row", lambda *_: 1 / 0)  # a bug
+        scorer.fail, scorer.refuse = None, {}
+        host = loops.VllmV2(driver, vllm_params(0.8))
+        monkeypatch.setattr(driver, "_decoder", lambda: GuidedDecoder(scorer, (), on_error="log"))
+        assert all(loops.decode(host, next_logits, requests(), ends=ENDS, max_tokens=2))
+        assert "a step goes on without guidance" in caplog.text
         said = [record.getMessage() for record in caplog.records]
         assert len([line for line in said if "ServiceTimeoutError" in line]) == 1
+
+    def test_one_rank_asks_and_tells_the_others(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        load: Callable[[str], Any],
+        decoder: GuidedDecoder,
+        scorer: FakeScorer,
+    ) -> None:
+        loops.install_vllm(monkeypatch, v2=False)
+        driver, told = load("vllm"), list[Any]()
+        logits, drawn = torch.randn(2, 128), []
+        for rank in (0, 1):
+            group = loops.Group(rank, told)
+            monkeypatch.setattr(driver, "get_tp_group", lambda group=group: group)
+            host = loops.VllmV1(driver, vllm_params(0.8, seed=None))  # each rank would make its own seed
+            for prompt in ([1, 5], [1, 6]):
+                host.enter(loops.Request(prompt, OBJECTIVES[0], 3))
+            host.rows()
+            drawn.append(host.draw(logits.clone()))
+        assert drawn[0] == drawn[1]
+        assert len(scorer.calls) == 1
+
+    def test_sglang_refuses_drafts_and_seeds_by_the_request(
+        self, monkeypatch: pytest.MonkeyPatch, load: Callable[[str], Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        loops.install_sglang(monkeypatch)
+        driver = load("sglang")
+        tokens = []
+        for _ in range(2):  # two ranks
+            request = loops.Request([1, 5], OBJECTIVES[0], 3)
+            host = loops.Sglang(driver, lambda each: sglang_sampling(driver, each, 0.8), {EOS})
+            host.enter(request)
+            params = host.reqs[request].sampling_params
+            params.sampling_seed = None
+            tokens.append(host.draw(torch.linspace(0, 1, 128)[None].clone()))
+        assert tokens[0] == tokens[1]
+        logits = torch.randn(2, 128)
+        assert torch.equal(host.processor(logits.clone(), [params.custom_params] * 2), logits)
+        assert "without speculative decoding" in caplog.text
 
     def test_sglang_with_overlap_guides_nothing(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from lenvm_client.drivers._host import GuidedRequest
 from lenvm_client.guided import GuidedDecoder
 
-__all__ = ["guide", "top"]
+__all__ = ["choose", "choose_or_pass", "keep", "top"]
+
+_log = logging.getLogger(__name__)
 
 
 def top(logprobs: torch.Tensor, top_k: int, end_ids: Sequence[int]) -> list[tuple[list[int], list[float], list[float]]]:
@@ -21,18 +24,17 @@ def top(logprobs: torch.Tensor, top_k: int, end_ids: Sequence[int]) -> list[tupl
     return [(ids, row[: len(ids)], row[len(ids) :]) for ids, row in zip(best.indices.tolist(), values, strict=True)]
 
 
-def guide(
+def choose(
     decoder: GuidedDecoder,
     logits: torch.Tensor,
     requests: Sequence[tuple[int, GuidedRequest, Sequence[int], int]],
-) -> torch.Tensor:
-    """Draw the next token of some rows of ``logits`` [R, V], which are changed in place: 0 for that token, -inf for all
-    others. One call of the service for all of them.
+) -> list[tuple[int, int]]:
+    """Draw the next token of some rows of ``logits`` [R, V]: (row, token) of each; one call of the service for all.
 
-    ``requests``: (row, request, prefix, generated). A row whose logits make no law (NaN) is left as it is.
+    ``requests``: (row, request, prefix, generated). A row whose logits make no law (NaN) has no token.
     """
     if not requests:
-        return logits
+        return []
     places = torch.tensor([at for at, *_ in requests], device=logits.device)
     heat = [request.temperature or 1.0 for _, request, *_ in requests]
     scaled = logits[places].float() / torch.tensor(heat, device=logits.device)[:, None]
@@ -45,12 +47,30 @@ def guide(
             asked.append((at, request, generated))
             own = [end_logs[at_end[token]] for token in request.end_ids]
             rows.append(request.row(prefix, generated, ids, logs, own))
-    chosen = [
+    return [
         (at, request.choose(weighted, generated))
         for (at, request, generated), weighted in zip(asked, decoder.step(rows), strict=True)
     ]
+
+
+def choose_or_pass(
+    decoder: GuidedDecoder,
+    logits: torch.Tensor,
+    requests: Sequence[tuple[int, GuidedRequest, Sequence[int], int]],
+) -> list[tuple[int, int]]:
+    """``choose`` inside an engine, which any error raised here would end, with all of its requests: it is logged, and
+    the step left unguided."""
+    try:
+        return choose(decoder, logits, requests)
+    except Exception:
+        _log.exception("a step goes on without guidance")
+        return []
+
+
+def keep(logits: torch.Tensor, chosen: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Leave the chosen token alone in its row of ``logits`` [R, V]: 0, all others -inf; in place."""
     if chosen:
-        at_rows, tokens = (torch.tensor(each, device=logits.device) for each in zip(*chosen, strict=True))
-        logits[at_rows] = -torch.inf
-        logits[at_rows, tokens] = 0.0
+        rows, tokens = (torch.tensor(each, device=logits.device) for each in zip(*chosen, strict=True))
+        logits[rows] = -torch.inf
+        logits[rows, tokens] = 0.0
     return logits

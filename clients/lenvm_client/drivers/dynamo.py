@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lenvm_client.drivers._host import GuidedRequest, decoder_from_environment
-from lenvm_client.drivers._logits import guide
+from lenvm_client.drivers._logits import choose, keep
 from lenvm_client.guided import GuidedDecoder
 
 __all__ = ["GuidedRequest", "LenVMLogitsProcessor", "decoder_from_environment"]
@@ -35,4 +35,5 @@ class LenVMLogitsProcessor:
         prefix = [int(token) for token in input_ids]
         if self.prompt_tokens is None:
             self.prompt_tokens = len(prefix)
-        logits[:] = guide(self.decoder, logits[None], [(0, self.request, prefix, len(prefix) - self.prompt_tokens)])[0]
+        row = logits[None]
+        keep(row, choose(self.decoder, row, [(0, self.request, prefix, len(prefix) - self.prompt_tokens)]))

@@ -2,8 +2,9 @@
 ``--enable-custom-logit-processor``, which lets every client of it run code there.
 
 Start it with ``--disable-overlap-schedule`` too: else a step is sampled before the token of the last one is known, and
-rows go on unguided (the log says so). ``lenvm`` must be installed beside it; where the service is: ``LENVM_CLIENT_URL``
-and others, see ``decoder_from_environment``. A request carries ``request_fields(objective)``::
+rows go on unguided (the log says so). With several tensor-parallel ranks, each of which asks the service, set
+``SYNC_TOKEN_IDS_ACROSS_TP=1``, lest one of them be late alone. ``lenvm`` must be installed beside it; where the service
+is: ``LENVM_CLIENT_URL`` and others, see ``decoder_from_environment``. A request carries ``request_fields(objective)``::
 
     body = {"text": prompt, "sampling_params": {"temperature": 0.7}}
     fields = request_fields({"kind": "equal_to", "target": 200})
@@ -16,6 +17,7 @@ those of the token that was drawn. Checked against SGLang 0.5.23.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from functools import cache
@@ -26,7 +28,7 @@ from sglang.srt.runtime_context import get_schedule
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from lenvm_client.drivers._host import KEY, GuidedRequest, decoder_from_environment, parse_objective
-from lenvm_client.drivers._logits import guide
+from lenvm_client.drivers._logits import choose_or_pass, keep
 from lenvm_client.errors import InvalidRequestError
 
 __all__ = ["LenVMLogitProcessor", "request_fields"]
@@ -50,18 +52,20 @@ class LenVMLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]  # SGLang
         self, logits: torch.Tensor, custom_param_list: list[dict[str, Any] | None] | None = None
     ) -> torch.Tensor:
         """``[R, V]``, in place; ``custom_param_list`` has one entry a row."""
-        if not custom_param_list or not _in_order():
+        guided = [(at, params) for at, params in enumerate(custom_param_list or ()) if params and "__req__" in params]
+        if not guided or not _in_order():
+            return logits
+        if len({id(params) for _, params in guided}) < len(guided):  # a row for each token of a draft
+            _refuse("lenvm guides nothing: start SGLang without speculative decoding")
             return logits
         rows = []
-        for at, params in enumerate(custom_param_list):
-            if params is None or "__req__" not in params:
-                continue
+        for at, params in guided:
             req = params["__req__"]
             request = _request(req, params)
             if request is not None:
                 prefix = [*req.origin_input_ids, *req.output_ids]
                 rows.append((at, request, prefix, len(req.output_ids)))
-        return guide(_decoder(), logits, rows)
+        return keep(logits, choose_or_pass(_decoder(), logits, rows))
 
 
 def _request(req: Any, params: dict[str, Any]) -> GuidedRequest | None:
@@ -91,13 +95,23 @@ def _read(req: Any, params: Mapping[str, Any]) -> GuidedRequest | None:
         top_k=top_k if greedy or sampling.top_k < 1 else min(top_k, sampling.top_k),
         top_p=sampling.top_p,
         min_p=sampling.min_p,
-        seed=sampling.sampling_seed,
+        seed=_seed(req.rid) if sampling.sampling_seed is None else sampling.sampling_seed,
     ).seeded()
 
 
-@cache
+def _seed(rid: str) -> int:
+    """The same in every rank."""
+    return int.from_bytes(hashlib.blake2b(rid.encode(), digest_size=8).digest(), "big")
+
+
 def _in_order() -> bool:
     in_order = bool(get_schedule().disable_overlap_schedule)
     if not in_order:
-        _log.error("lenvm guides nothing: start SGLang with --disable-overlap-schedule")
+        _refuse("lenvm guides nothing: start SGLang with --disable-overlap-schedule")
     return in_order
+
+
+@cache
+def _refuse(message: str) -> None:
+    """Said once."""
+    _log.error(message)

@@ -19,11 +19,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.sample.logits_processor import LogitsProcessor as _V1
 from vllm.v1.sample.logits_processor import MoveDirectionality
 
 from lenvm_client.drivers._host import GuidedRequest, decoder_from_environment, parse_objective
-from lenvm_client.drivers._logits import guide
+from lenvm_client.drivers._logits import choose, choose_or_pass, keep
 from lenvm_client.errors import InvalidRequestError
 from lenvm_client.guided import GuidedDecoder
 
@@ -56,6 +57,15 @@ def _request(params: Any) -> GuidedRequest | None:
         min_p=params.min_p,
         seed=params.seed,
     ).seeded()
+
+
+def _guided(logits: torch.Tensor, rows: list[tuple[int, GuidedRequest, list[int], int]]) -> torch.Tensor:
+    """Every tensor-parallel rank samples for itself and must take the same token: one asks the service and tells."""
+    if not rows:
+        return logits
+    group = get_tp_group()
+    chosen = choose_or_pass(_decoder(), logits, rows) if group.rank_in_group == 0 else None
+    return keep(logits, group.broadcast_object(chosen, src=0))
 
 
 class LenVMLogitsProcessorV1(_V1):  # type: ignore[misc]  # vLLM is not installed here
@@ -106,7 +116,7 @@ class LenVMLogitsProcessorV1(_V1):  # type: ignore[misc]  # vLLM is not installe
             for at, (request, prompt_ids, output_ids) in sorted(self._requests.items())
             if at < len(logits)
         ]
-        return guide(_decoder(), logits, rows)
+        return _guided(logits, rows)
 
 
 class LenVMLogitsProcessorV2(_V2 or object):  # type: ignore[misc]  # vLLM is not installed here
@@ -151,7 +161,7 @@ class LenVMLogitsProcessorV2(_V2 or object):  # type: ignore[misc]  # vLLM is no
             elif len(known) != length:
                 known[:] = self._states.all_token_ids.gpu[slot, :length].tolist()
             rows.append((at, request, known, length - int(self._states.prompt_len.np[slot])))
-        return guide(_decoder(), logits, rows)
+        return _guided(logits, rows)
 
 
 def request_logits_processor(
@@ -162,7 +172,8 @@ def request_logits_processor(
     request = request.seeded()
 
     def process(prompt_ids: list[int], output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-        return guide(decoder, logits[None], [(0, request, [*prompt_ids, *output_ids], len(output_ids))])[0]
+        chosen = choose(decoder, logits[None], [(0, request, [*prompt_ids, *output_ids], len(output_ids))])
+        return keep(logits[None], chosen)[0]
 
     return process
 
