@@ -32,6 +32,7 @@ from lenvm_client import CandidateScorer, Client, TextAdapter
 from lenvm_client._text import count_units
 
 TEMPERATURE, TOP_K = 0.7, 16
+MOST_PROMPT = 512  # tokens; a few tasks quote whole articles
 Job = tuple[list[int], dict[str, Any] | None, int]  # prompt, objective, seed
 Run = Callable[[Sequence[Job], int], list[list[int]]]  # jobs, most new tokens -> content tokens
 
@@ -139,11 +140,13 @@ def summary(found: Sequence[float], targets: Sequence[int], against: Sequence[fl
 def lifebench(options: argparse.Namespace, tokenizer: Any, runs: dict[str, Run]) -> dict[str, Any]:
     """The same jobs through every driver."""
     targets = [options.targets[at % len(options.targets)] for at in range(options.generations)]
-    tasks = load_tasks(options.data, n=None if options.generations > 50 else options.generations)
-    jobs = []
+    jobs: list[Job] = []
+    tasks = iter(load_tasks(options.data, n=None))
     for at, target in enumerate(targets):
-        prompt = build_prompt(tasks[at % len(tasks)], "equal_to", target)
-        jobs.append((encode_chat(tokenizer, prompt), {"kind": "equal_to", "target": target}, 1000 + at))
+        prompt: list[int] = []
+        while not 0 < len(prompt) <= MOST_PROMPT:
+            prompt = encode_chat(tokenizer, build_prompt(next(tasks), "equal_to", target))
+        jobs.append((prompt, {"kind": "equal_to", "target": target}, 1000 + at))
     found: dict[str, list[float]] = {}
     metrics: dict[str, Any] = {}
     for name, run in runs.items():
@@ -213,7 +216,9 @@ def main() -> None:
         if options.gguf is None:
             print("llama_cpp is left out: give --gguf")
         else:
-            runs["llama_cpp"] = llama_driver(options.gguf, scorer, options.threads, 4 * max(options.targets) + 512)
+            runs["llama_cpp"] = llama_driver(
+                options.gguf, scorer, options.threads, MOST_PROMPT + 2 * max(options.targets)
+            )
         metrics["lifebench"] = lifebench(options, tokenizer, runs)
     if options.words:
         metrics["longbench_write"] = words(options, tokenizer, backbone, scorer, eos)

@@ -120,6 +120,8 @@ class TestDriver:
 
         with pytest.raises(InvalidRequestError):
             generate(llama, scorer, prompt, objective={"kind": "equal_to", "target": -1}, max_tokens=4, seed=1)
+        with pytest.raises(InvalidRequestError, match="do not fit into n_ctx 512"):
+            generate(llama, scorer, prompt, objective=None, max_tokens=500)
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,9 @@ def generate(
         raise InvalidRequestError(message, param="llama")
     if not prompt_ids or max_tokens < 1 or temperature < 0 or top_k < 1:
         raise InvalidRequestError("needs prompt ids, max_tokens and top_k of at least 1, temperature not below 0")
+    if len(prompt_ids) + max_tokens > llama.n_ctx():
+        message = f"{len(prompt_ids)} prompt tokens and {max_tokens} new ones do not fit into n_ctx {llama.n_ctx()}"
+        raise InvalidRequestError(message, param="max_tokens")
     ends = tuple(dict.fromkeys((llama.token_eos(), *stop_token_ids)))
     decoder = GuidedDecoder(scorer, ends, on_error=on_error, text=text)
     decoder.start(sampled=temperature > 0)
