@@ -22,6 +22,9 @@ UNITS = ("tokens", "words", "characters", "sentences")
 _PRIOR = {"tokens": 32.0, "words": 16.0, "characters": 64.0, "sentences": 2.0}
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(f"[{_CJK}]|(?:(?![{_CJK}])[^\\W_])+(?:['’-](?:(?![{_CJK}])[^\\W_])+)*")
+# Where tokenizers cut a text themselves: before a space between a letter or digit and a word.
+_CUT = re.compile(r"(?<=[^\W_])(?= [^\W\d_])")
+_CHUNK = 256  # characters
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+")
 
 
@@ -63,7 +66,7 @@ class View:
 class TextAdapter:
     """Lets ``GuidedDecoder`` guide a backbone whose tokenizer is not the value model's, and reach targets in words,
     characters or sentences (``"unit"`` beside the ``"target"`` or ``"lambda"`` of an objective; "tokens" are the
-    backbone's own). Every step decodes and encodes the answer as a whole.
+    backbone's own). Every step decodes the whole answer and encodes the end of it.
 
     Args:
         decode: ids of the backbone -> text, special tokens left out, spaces kept as they are.
@@ -87,6 +90,8 @@ class TextAdapter:
         self._decode, self._encode, self._encode_prompt, self._eos_id = decode, encode, encode_prompt, eos_id
         self._prompts: Recent[bytes, tuple[str, list[int]]] = Recent(max_prompts)
         self._first_ids: dict[int, int | None] = {}
+        self._chunks: Recent[str, list[int]] = Recent(4 * max_prompts)
+        self._splits: bool | None = None  # does the encoding of a text begin with those of its first words?
 
     @classmethod
     def from_tokenizers(cls, backbone: Any, model: Any = None) -> TextAdapter:
@@ -111,7 +116,7 @@ class TextAdapter:
         prompt, answer = row.prefix[:start], [int(token) for token in row.prefix[start:]]
         prompt_text, prompt_ids = self._prompt(prompt)
         text = self._decode(answer).rstrip("\ufffd")  # the last character may be incomplete
-        answer_ids = answer if self._encode is None else [int(token) for token in self._encode(text)]
+        answer_ids = answer if self._encode is None else self._encoded(text, self._encode)
         objective, ratio = row.objective, 1.0
         if objective is not None:
             unit = objective.get("unit", "tokens")
@@ -131,6 +136,20 @@ class TextAdapter:
             return View(prefix, len(answer_ids), tuple(ids), tuple(logprobs), objective, end_ids)
         candidates, logs, ends, places = self._map(ids, logprobs, end_ids)
         return View(prefix, len(answer_ids), candidates, logs, objective, ends, places)
+
+    def _encoded(self, text: str, encode: Callable[[str], Sequence[int]]) -> list[int]:
+        """A text grows at its end: what lies before is encoded once, in chunks."""
+        if self._splits is None:
+            self._splits = [*encode("one two")] == [*encode("one"), *encode(" two")]
+        ids, start = list[int](), 0
+        while self._splits and (cut := _CUT.search(text, start + _CHUNK)):
+            chunk = text[start : cut.start()]
+            known = self._chunks.get(chunk)
+            if known is None:
+                known = [int(token) for token in encode(chunk)]
+                self._chunks.put(chunk, known)
+            ids, start = ids + known, cut.start()
+        return [*ids, *(int(token) for token in encode(text[start:]))]
 
     def _prompt(self, prompt: Sequence[int]) -> tuple[str, list[int]]:
         key = digests(prompt)[1]

@@ -105,6 +105,25 @@ class TestOtherTokenizer:
         assert report.to_dict()["approximate"] == ["tokenizer"]
         assert report.rows[0].guided_steps == 4
 
+    @pytest.mark.parametrize("splits", [True, False])
+    def test_a_long_answer_is_encoded_at_its_end_alone(self, splits: bool) -> None:
+        """A tokenizer whose words do not stand for themselves is asked for the whole text."""
+        asked: list[int] = []
+
+        def count(text: str) -> list[int]:
+            asked.append(len(text))
+            return [*([] if splits else [99]), *encode(text)]
+
+        decoder = TextAdapter(decode, count, eos_id=MODEL_EOS)
+        answer = [3, 2, 5, 4] * 100
+        for length in range(300, 400):
+            view = decoder.view(row([2, *answer[:length]], length), [2], [-1.0], (EOS,))
+            assert list(view.prefix) == [*count("ab "), *count(decode(answer[:length]))]
+        asked.clear()
+        decoder.view(row([2, *answer], 400), [2], [-1.0], (EOS,))
+        longest = len(decode(answer))
+        assert (sum(asked) < 300) if splits else asked == [longest]
+
     def test_an_encoding_that_changes_its_last_tokens_costs_a_few_of_them(self) -> None:
         """As byte pairs merge: "de" is one token as soon as both are there."""
 
