@@ -291,6 +291,11 @@ class TestHosts:
         with pytest.raises(ValueError, match="speculative"):
             driver.LenVMLogitsProcessorV2(types.SimpleNamespace(speculative_config=object()), None)
 
+    def test_a_vllm_with_one_interface_alone(self, monkeypatch: pytest.MonkeyPatch, load: Callable[[str], Any]) -> None:
+        loops.install_vllm(monkeypatch, v2=True)
+        monkeypatch.setitem(sys.modules, "vllm.v1.sample.logits_processor", None)
+        assert load("vllm").LenVMLogitsProcessor.__name__ == "LenVMLogitsProcessorV2"
+
     @pytest.mark.parametrize(("asked", "version"), [(None, "V2"), ("0", "V1"), ("1", "V2")])
     def test_vllm_is_chosen_at_import(
         self, asked: str | None, version: str, monkeypatch: pytest.MonkeyPatch, load: Callable[[str], Any]

@@ -61,7 +61,8 @@ def generate(
         raise InvalidRequestError("needs prompt_ids, eos_ids, counts of at least 1, and a temperature not below 0")
     if loop != "step" and objective is not None and objective.get("method") == "paper":
         raise InvalidRequestError("the paper's rules compare candidates of one step: use loop='step'", param="loop")
-    decoder = GuidedDecoder(scorer, eos_ids, on_error=on_error, text=text, max_append=block_tokens + 1)
+    # A block of the answer, or what re-encoding a text changes.
+    decoder = GuidedDecoder(scorer, eos_ids, on_error=on_error, text=text, max_append=max(8, block_tokens + 1))
     decoder.start(sampled=loop == "step" and temperature > 0)
     seed = random.getrandbits(63) if seed is None else seed
     run = _Run(completions, decoder, list(prompt_ids), objective, temperature, seed)

@@ -20,20 +20,30 @@ from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.v1.sample.logits_processor import LogitsProcessor as _V1
-from vllm.v1.sample.logits_processor import MoveDirectionality
 
 from lenvm_client.drivers._host import GuidedRequest, decoder_from_environment, parse_objective
 from lenvm_client.drivers._logits import choose, choose_or_pass, keep
 from lenvm_client.errors import InvalidRequestError
 from lenvm_client.guided import GuidedDecoder
 
+# One of the two may be gone, or not there yet.
+try:
+    from vllm.v1.sample.logits_processor import LogitsProcessor as _V1
+    from vllm.v1.sample.logits_processor import MoveDirectionality
+except ImportError:
+    _V1 = None
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as _V2
-except ImportError:  # vLLM before Model Runner V2 took logits processors
+except ImportError:
     _V2 = None
 
-__all__ = ["LenVMLogitsProcessor", "LenVMLogitsProcessorV1", "LenVMLogitsProcessorV2", "request_logits_processor"]
+__all__ = [
+    "GuidedRequest",
+    "LenVMLogitsProcessor",
+    "LenVMLogitsProcessorV1",
+    "LenVMLogitsProcessorV2",
+    "request_logits_processor",
+]
 
 # One a process: the front end, which only checks arguments, opens none.
 _decoder = cache(decoder_from_environment)
@@ -68,7 +78,7 @@ def _guided(logits: torch.Tensor, rows: list[tuple[int, GuidedRequest, list[int]
     return keep(logits, group.broadcast_object(chosen, src=0))
 
 
-class LenVMLogitsProcessorV1(_V1):  # type: ignore[misc]  # vLLM is not installed here
+class LenVMLogitsProcessorV1(_V1 or object):  # type: ignore[misc]  # vLLM is not installed here
     """For V1. Penalties come after us there and would find one token left: they are refused beside an objective."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
