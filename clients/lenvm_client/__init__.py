@@ -27,6 +27,7 @@ from lenvm_client.errors import (
 
 if TYPE_CHECKING:
     from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow
+    from lenvm_client._text import TextAdapter
     from lenvm_client._types import (
         CandidateInput,
         CandidateScorer,
@@ -129,6 +130,7 @@ __all__ = [
     "ServiceInfo",
     "ServiceTimeoutError",
     "ServiceUnreachableError",
+    "TextAdapter",
     "TokenBudget",
     "TokenScores",
     "Tracker",
@@ -181,6 +183,7 @@ _LAZY = {
     "RowReport": "lenvm_client._steps",
     "ScoreResponse": "lenvm_client._types",
     "ServiceInfo": "lenvm_client._types",
+    "TextAdapter": "lenvm_client._text",
     "TokenBudget": "lenvm_client.scheduling",
     "TokenScores": "lenvm_client._types",
     "Tracker": "lenvm_client.tracking",

@@ -8,10 +8,13 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from lenvm_client._steps import GuidedRow, RowReport
 from lenvm_client.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from lenvm_client._text import View
 
 __all__ = ["Lineage", "Live", "Recent", "Record", "Tally", "digests", "objective_key"]
 
@@ -71,6 +74,8 @@ class Live:
     lineage: Lineage
     tally: Tally
     weights: tuple[float, ...] | None = None
+    view: View | None = None  # as it is asked about, once it was
+    digests: list[bytes] = field(default_factory=list)  # of the prefix that is asked about, shortest first
     prompt: bytes = b""  # digest of the prompt, where a scale is to be resolved or was
     used: bytes | None = None  # the prefix whose session was sent
     boundary: bool = False  # asked for the prompt, only to resolve a scale
@@ -79,16 +84,20 @@ class Live:
     wait_s: float = 0.0  # what its last error asked for
 
 
-def digests(prefix: Sequence[int]) -> tuple[bytes, bytes]:
-    """Of the prefix without its last token, and of the whole: keys that do not keep the tokens themselves."""
+def digests(prefix: Sequence[int], reach: int = 1) -> list[bytes]:
+    """Of the prefix without its last ``reach`` tokens (fewer where it is shorter), without one less, and so on to the
+    whole: keys that do not keep the tokens themselves."""
     try:
         content = array("q", prefix).tobytes()
     except (TypeError, OverflowError) as error:
         raise InvalidRequestError(f"a prefix must be a sequence of token ids: {error}", param="prefix") from error
-    digest = hashlib.blake2b(content[:-8], digest_size=16)
-    parent = digest.digest()
-    digest.update(content[-8:])
-    return parent, digest.digest()
+    at = max(0, len(content) - 8 * reach)
+    digest = hashlib.blake2b(content[:at], digest_size=16)
+    out = [digest.digest()]
+    for start in range(at, len(content), 8):
+        digest.update(content[start : start + 8])
+        out.append(digest.digest())
+    return out
 
 
 def objective_key(objective: Mapping[str, Any] | None) -> str:

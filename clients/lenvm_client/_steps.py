@@ -22,6 +22,7 @@ class GuidedRow:
     full vocabulary at the sampler's temperature; -inf leaves one out. ``eos_logprobs`` has the same for EOS and stop
     ids: those that are no candidates yet become some, as they always must be. ``objective`` is in wire form; None:
     unguided. ``finished``: the answer has ended (its EOS may stand at the end of ``prefix``); costs nothing.
+    ``end_ids``: EOS and stop ids of this row alone; None: those of the decoder.
     """
 
     prefix: Sequence[int]
@@ -31,6 +32,7 @@ class GuidedRow:
     objective: Mapping[str, Any] | None = None
     eos_logprobs: Mapping[int, float] = field(default_factory=dict)
     finished: bool = False
+    end_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ class RowReport:
 @dataclass(frozen=True)
 class GuidanceReport:
     """What guidance did to a generation: its rows, and the calls that they shared. ``errors``: how often each type of
-    error left rows unguided (a failed call counts once)."""
+    error left rows unguided (a failed call counts once). ``approximate``: what was only estimated, "tokenizer"
+    (prefixes and candidates went through text) and units of targets; see ``TextAdapter``."""
 
     rows: tuple[RowReport, ...] = ()
     calls: int = 0
     service_seconds: float = 0.0
     errors: Mapping[str, int] = field(default_factory=dict)
+    approximate: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -123,7 +127,13 @@ class GuidanceReport:
         names = ("steps", "guided_steps", "fallbacks", "prefix_resends", "forced_stops", "text_cost", "calls")
         totals = {name: _finite(getattr(self, name)) for name in names}
         rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows]
-        return {**totals, "service_seconds": self.service_seconds, "errors": dict(self.errors), "rows": rows}
+        return {
+            **totals,
+            "service_seconds": self.service_seconds,
+            "errors": dict(self.errors),
+            "approximate": list(self.approximate),
+            "rows": rows,
+        }
 
 
 def log_sum(values: Sequence[float]) -> float:

@@ -613,6 +613,51 @@ class TestRowsThatMayPass:
         assert decoder.report([]).errors == {"overloaded": 1}
 
 
+class TestHosts:
+    """What a decoder inside another engine needs."""
+
+    def test_log_raises_nothing_and_says_each_trouble_once(
+        self, scorer: FakeScorer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        decoder = GuidedDecoder(scorer, [EOS], on_error="log")
+        clock = Clock(decoder)
+        scorer.refuse = {"at_most": "invalid_request"}
+        for step in range(3):
+            answers = decoder.step([row([5] * (step + 1), step), row([6] * (step + 1), step, OTHER)])
+            assert [answer.guided for answer in answers] == [True, False]
+        # What the service will never take is not sent again.
+        assert [len(call) for call in scorer.calls] == [2, 1, 1]
+        scorer.fail = UnauthorizedError("a key, please")
+        for _ in range(2):
+            assert not decoder.step([row([7], 0)])[0].guided
+            clock.now += 60
+        assert [record.getMessage() for record in caplog.records] == [
+            "guided decoding goes on without guidance: invalid_request: refused",
+            "guided decoding goes on without guidance: unauthorized: a key, please",
+        ]
+        assert decoder.report([]).errors == {"invalid_request": 1, "unauthorized": 2}
+
+    def test_rows_may_have_ends_of_their_own(self, scorer: FakeScorer) -> None:
+        decoder = GuidedDecoder(scorer, [EOS])
+        own, ours = row([5], 0, end_ids=[7, 8]), row([6], 0)
+        decoder.step([own, ours])
+        assert [item.eos_ids for item in scorer.calls[0]] == [(7, 8), (EOS,)]
+        asked = GuidedRow(prefix=[9], candidates=[4, 7], logprobs=[-1e-4, -9.0], objective=TILT, end_ids=[7])
+        decoder.step([asked])
+        done = GuidedRow(prefix=[9, 7], generated=0, objective=TILT, end_ids=[7])
+        assert decoder.report([done]).forced_stops == 1
+        assert decoder.report([GuidedRow(prefix=[9, 7], generated=1, objective=TILT)]).forced_stops == 0
+
+    def test_rows_that_advance_by_blocks_go_on_from_a_session(self, scorer: FakeScorer) -> None:
+        for reach, appended in ((3, [(), (3, 4, 6)]), (2, [(), ()])):
+            decoder = GuidedDecoder(scorer, [EOS], max_append=reach)
+            scorer.calls.clear()
+            decoder.step([row([5, 6], 0)])
+            decoder.step([row([5, 6, 3, 4, 6], 3)])
+            assert [tuple(call[0].append) for call in scorer.calls] == appended
+            assert scorer.prefixes[-1] == [(5, 6, 3, 4, 6)]
+
+
 def candidates_of(weighted: WeightedRow) -> Candidates:
     """As lenvm's sampler holds them: sorted by id."""
     order = np.argsort(weighted.ids)

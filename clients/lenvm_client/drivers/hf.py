@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,10 +19,12 @@ from transformers import (
     StopStringCriteria,
 )
 
+from lenvm_client._core import OnError
 from lenvm_client._steps import GuidanceReport, GuidedRow, uniform
 from lenvm_client._types import CandidateScorer
+from lenvm_client.drivers._logits import top
 from lenvm_client.errors import InvalidRequestError
-from lenvm_client.guided import GuidedDecoder
+from lenvm_client.guided import GuidedDecoder, TextAdapter
 
 __all__ = ["LenVMLogitsProcessor", "generate"]
 
@@ -96,6 +98,12 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         self._padding = None if attention_mask is None else _left_padding(attention_mask)
         self._width: int | None = None  # of the prompts, padding included
 
+    @property
+    def supports_continuous_batching(self) -> bool:
+        """Read by transformers' continuous batching alone: raises InvalidRequestError. It packs the rows of several
+        requests into one, so that their prefixes cannot be told."""
+        raise InvalidRequestError("continuous batching cannot be guided: use generate", param="logits_processor")
+
     def rows(self, input_ids: torch.Tensor) -> list[GuidedRow]:
         """``[B * n, T]`` as rows without padding, each up to its end."""
         self._width = self._width or input_ids.shape[1]
@@ -126,13 +134,11 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         logits = scores.float() / self.temperature
         if self._pad in self._ends:
             logits[:, self._pad] = -torch.inf
-        logprobs = torch.log_softmax(logits, dim=-1)
-        top = logprobs.topk(min(self.top_k, scores.shape[-1]), dim=-1)
-        ends = list(self.decoder.end_ids)
-        lists = zip(top.indices.tolist(), top.values.tolist(), logprobs[:, ends].tolist(), strict=True)
+        ends = self.decoder.end_ids
+        tops = top(torch.log_softmax(logits, dim=-1), self.top_k, ends)
         rows = [
             replace(row, candidates=ids, logprobs=logs, eos_logprobs=dict(zip(ends, end_logs, strict=True)))
-            for row, (ids, logs, end_logs) in zip(self.rows(input_ids), lists, strict=True)
+            for row, (ids, logs, end_logs) in zip(self.rows(input_ids), tops, strict=True)
         ]
         places: list[tuple[int, int, float]] = []
         out = torch.full_like(scores, -torch.inf)
@@ -161,7 +167,8 @@ def generate(
     do_sample: bool | None = None,
     stop_token_ids: Iterable[int] = (),
     seeds: Sequence[int] | None = None,
-    on_error: Literal["passthrough", "raise"] = "passthrough",
+    on_error: OnError = "passthrough",
+    text: TextAdapter | None = None,
     **generate_kwargs: Any,
 ) -> tuple[Any, GuidanceReport]:
     """``model.generate`` with guidance: what it returns, and the report (a row for each sequence).
@@ -173,7 +180,7 @@ def generate(
         do_sample: False for greedy decoding and beam search, at temperature 1; by default ``temperature > 0``.
         stop_token_ids: end an answer as the model's EOS ids do.
         seeds: one for each sequence: draws that do not depend on the batch.
-        on_error: see ``GuidedDecoder``.
+        on_error, text: see ``GuidedDecoder``.
         generate_kwargs: the rest goes to ``model.generate``, e.g. ``max_new_tokens``, ``num_beams``.
 
     Raises LenVMClientError: see ``GuidedDecoder``; InvalidRequestError for arguments that do not fit each other.
@@ -208,7 +215,7 @@ def generate(
     # Room for beams that ended: they are reported when the others have ended too.
     room = max(8192, 64 * count * beams)
     decoder = GuidedDecoder(
-        scorer, eos_ids, _checked_stops(stop_token_ids, model), on_error=on_error, max_prefixes=room
+        scorer, eos_ids, _checked_stops(stop_token_ids, model), on_error=on_error, max_prefixes=room, text=text
     )
     decoder.start(sampled=sampling and beams == 1)
     pad, ending, others = setting("pad_token_id"), *_criteria(setting, generate_kwargs)
