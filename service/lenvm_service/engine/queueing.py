@@ -36,7 +36,7 @@ class BatcherOptions:
 
     budget_tokens: int = 4096
     budget_cells: int = 1 << 26
-    batch_s: float = 0.25
+    batch_s: float = 0.5
     wait_s: float = 0.002
     max_queue_tokens: int = 262_144
     max_queue_s: float = 30.0
