@@ -277,9 +277,10 @@ class Bench:
         engine.core.scorer.score = crash  # type: ignore[method-assign]
         task = threading.Thread(target=lambda: asyncio.run(engine.submit(rows[:1])))
         task.start()
-        seen_not_ready = False
-        while not crashed or not engine.ready:
-            seen_not_ready |= bool(crashed) and not engine.ready
+        while engine.ready:  # the callers are told after it: without this a test of readiness could come too early
+            time.sleep(0.0005)
+        seen_not_ready = bool(crashed)
+        while not engine.ready:
             time.sleep(0.0005)
         back = time.monotonic() - crashed[0]
         task.join()
