@@ -129,34 +129,56 @@ class Outcome:
         return 1000 * times[min(len(times) - 1, int(share * len(times)))] if times else None
 
 
-async def _one(client: httpx2.AsyncClient, url: str, body: dict[str, Any], outcome: Outcome) -> None:
-    since = time.perf_counter()
-    try:
-        answer = await client.post(url, json=body)
-    except httpx2.HTTPError as error:
-        outcome.add(type(error).__name__, time.perf_counter() - since)
-        return
-    outcome.add(str(answer.status_code), time.perf_counter() - since)
-    if answer.status_code == 429 and "retry-after" not in answer.headers:
-        outcome.missing_retry_after += 1
+class _Caller:
+    """HTTP/1.1 over kept connections, and nothing else: the service is measured, not a client's conveniences."""
+
+    def __init__(self, url: str) -> None:
+        host, _, port = url.removeprefix("http://").partition(":")
+        self.host, self.port = host, int(port)
+        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self, path: str, content: dict[str, Any], outcome: Outcome) -> None:
+        body = json.dumps(content).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: {self.host}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        since = time.perf_counter()
+        try:
+            async with asyncio.timeout(60):
+                link = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
+                link[1].write(head + body)
+                headers = (await link[0].readuntil(b"\r\n\r\n")).lower()
+                size = int(headers.partition(b"content-length:")[2].partition(b"\r\n")[0])
+                await link[0].readexactly(size)
+        except (OSError, EOFError, TimeoutError) as error:
+            outcome.add(type(error).__name__, time.perf_counter() - since)
+            return
+        status = headers[9:12].decode()
+        outcome.add(status, time.perf_counter() - since)
+        outcome.missing_retry_after += status == "429" and b"retry-after:" not in headers
+        if b"connection: close" in headers:
+            link[1].close()
+        else:
+            self.idle.append(link)
+
+    def close(self) -> None:
+        for _, writer in self.idle:
+            writer.close()
 
 
 async def open_loop(url: str, texts: Iterator[str], *, rate: float, seconds: float, **fields: Any) -> Outcome:
     """Poisson arrivals at ``rate`` a second, whatever comes back."""
-    outcome, dice = Outcome(), random.Random(1)
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx2.AsyncClient(timeout=60, limits=limits) as client:
-        begin = time.perf_counter()
-        at = begin
-        tasks = []
-        while at < begin + seconds:
-            await asyncio.sleep(max(0.0, at - time.perf_counter()))
-            body = {"prompt": next(texts), **fields}
-            tasks.append(asyncio.create_task(_one(client, f"{url}/predict_length", body, outcome)))
-            outcome.sent += 1
-            at += dice.expovariate(rate)
-        outcome.seconds = time.perf_counter() - begin
-        await asyncio.gather(*tasks)
+    outcome, dice, caller = Outcome(), random.Random(1), _Caller(url)
+    begin = time.perf_counter()
+    at = begin
+    tasks = []
+    while at < begin + seconds:
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        body = {"prompt": next(texts), **fields}
+        tasks.append(asyncio.create_task(caller.post("/predict_length", body, outcome)))
+        outcome.sent += 1
+        at += dice.expovariate(rate)
+    outcome.seconds = time.perf_counter() - begin
+    await asyncio.gather(*tasks)
+    caller.close()
     return outcome
 
 
@@ -166,10 +188,11 @@ async def closed_loop(url: str, texts: Iterator[str], *, workers: int, seconds: 
     begin = time.perf_counter()
 
     async def call() -> None:
-        async with httpx2.AsyncClient(timeout=60) as client:
-            while time.perf_counter() - begin < seconds:
-                outcome.sent += 1
-                await _one(client, f"{url}/predict_length", {"prompt": next(texts), **fields}, outcome)
+        caller = _Caller(url)
+        while time.perf_counter() - begin < seconds:
+            outcome.sent += 1
+            await caller.post("/predict_length", {"prompt": next(texts), **fields}, outcome)
+        caller.close()
 
     await asyncio.gather(*(call() for _ in range(workers)))
     outcome.seconds = time.perf_counter() - begin

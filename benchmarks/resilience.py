@@ -59,10 +59,13 @@ class Bench:
         replica = Replica(self.folder, "--cache-tokens", str(CACHE_TOKENS)).ready()
         texts = unique(self.texts)
         asyncio.run(closed_loop(replica.url, texts, workers=8, seconds=self.seconds(30)))
-        peak = asyncio.run(
-            closed_loop(replica.url, texts, workers=8, seconds=self.seconds(30), deadline_ms=DEADLINE_MS)
-        )
-        capacity = peak.count("200") / peak.seconds
+        # The peak is the best of several numbers of callers that wait for their answers, under the same deadline.
+        peaks = {}
+        for workers in (1, 2, 4, 8):
+            loop = closed_loop(replica.url, texts, workers=workers, seconds=self.seconds(20), deadline_ms=DEADLINE_MS)
+            peak = asyncio.run(loop)
+            peaks[workers] = peak.count("200") / peak.seconds
+        capacity = max(peaks.values())
         memory: list[tuple[float, float]] = []
         stop = threading.Event()
 
@@ -82,6 +85,7 @@ class Bench:
         settled = memory[len(memory) // 3 :]  # buffers and the pool have reached their size by then
         return {
             "peak_per_s": capacity,
+            "peak_by_callers": peaks,
             "offered_per_s": found.sent / found.seconds,
             "goodput_per_s": found.count("200") / found.seconds,
             "goodput_ratio": found.count("200") / found.seconds / capacity,

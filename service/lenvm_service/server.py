@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ _BACKLOG = 2048
 _KEEP_ALIVE_S = 65  # longer than the minute that load balancers keep idle connections, so that they close first
 _HEADER_BYTES = 64 * 1024
 _LINGER_S = 0.3  # after the last listener is closed: connections that were just accepted still get their answer
+_SWITCH_S = 0.0005
 _ABANDON_S = 2  # for requests that were told to end, to do so
 
 
@@ -264,6 +266,8 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
     from lenvm_service.cli._output import one_line, print_error
 
     configure_logging(settings.log_format, settings.log_level)
+    # The event loop shares the interpreter with the engines: by default it may wait 5 ms for its turn.
+    sys.setswitchinterval(_SWITCH_S)
     # The port first: importing torch and looking at models takes seconds, and a taken port is known at once.
     try:
         with bind(settings.host, settings.port) as listener:

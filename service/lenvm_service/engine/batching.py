@@ -77,6 +77,7 @@ class Batcher:
         self._budget = self.options.budget_tokens  # less than that after memory ran out
         self._order = 0
         self._tokens_per_s: float | None = None
+        self._batch_seconds = 0.0  # of late
         self._lone = True  # the last batch held one request and nothing waited: do not hold the next one open
         self._stopping = False
         self._failed_checks = 0
@@ -199,7 +200,9 @@ class Batcher:
         if not waiting:
             return
         ahead = self._seconds(waiting + self._in_hand)
-        late = deadline is not None and time.monotonic() + ahead + self._seconds(tokens) > deadline
+        # A row is answered with its whole batch: on average half a batch after its own turn.
+        needed = ahead + self._seconds(tokens) + 0.5 * self._batch_seconds
+        late = deadline is not None and time.monotonic() + needed > deadline
         if late or ahead > self.options.max_queue_s or waiting + tokens > self.options.max_queue_tokens:
             wait = self._drain_s()
             problem = f"{waiting} tokens wait already" + (", too many for the deadline" if late else "")
@@ -337,6 +340,7 @@ class Batcher:
         seconds = time.monotonic() - since
         tokens = sum(entry.cost.tokens for entry in batch)
         self._note_rate(tokens / max(seconds, 1e-6))
+        self._batch_seconds += 0.2 * (seconds - self._batch_seconds)
         for ticket in tickets:
             ticket.inference_s += seconds
         for entry, result in zip(batch, results, strict=True):
