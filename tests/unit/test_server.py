@@ -303,7 +303,7 @@ def test_bytes_that_are_no_http_and_bodies_that_never_end(start: Callable[..., P
 
 
 def test_who_sends_too_slowly_is_cut_off_and_nobody_else(start: Callable[..., Process]) -> None:
-    server = start("read_timeout_s=0.4")
+    server = start("read_timeout_s=1.5")
     server.ready()
     url = server.listening()
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
@@ -335,9 +335,9 @@ def test_who_sends_too_slowly_is_cut_off_and_nobody_else(start: Callable[..., Pr
     assert drip(b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{") == b""
     # A connection that waits between two requests is none of these.
     with httpx2.Client(base_url=url) as client:
-        for _ in range(3):
+        for _ in range(2):
             assert client.post("/predict_length", json={"prompt": "a"}).status_code == 200
-            time.sleep(0.6)
+            time.sleep(1.8)
     assert "lenvm_requests_in_flight 1.0" in httpx2.get(f"{url}/metrics").text
     assert server.end(signal.SIGTERM) == 0
     assert not [line for line in server.log if "Traceback" in line]

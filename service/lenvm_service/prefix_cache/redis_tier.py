@@ -127,7 +127,7 @@ class RedisTier:
         self._writer.start()
         self._tried.wait(_FIRST_TRY_S)
 
-    def close(self, timeout_s: float = 1.0) -> None:
+    def close(self, timeout_s: float = 5.0) -> None:
         """Write what still waits, as far as that goes within the time, and let go of the connections."""
         self._writer.close(timeout_s)
         self._stopping.set()
