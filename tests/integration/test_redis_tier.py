@@ -14,7 +14,8 @@ import pytest
 from lenvm_service.engine import CandidateJob, Engine, EngineOptions, PredictJob, Prefix
 from lenvm_service.errors import PrefixUnknownError
 from lenvm_service.metrics import Metrics
-from lenvm_service.prefix_cache.redis_tier import RedisTier, TierOptions
+from lenvm_service.prefix_cache import CodecError
+from lenvm_service.prefix_cache.redis_tier import RedisTier, TierOptions, session_name
 from tests.support.redis_server import Line, RedisServer, free_port
 
 SECRET = b"0123456789abcdef"
@@ -232,6 +233,20 @@ def test_a_tampered_value_is_never_used(server: RedisServer, replica: Any, how: 
     assert row["value"] == pytest.approx(first["value"], abs=1e-6)
     assert there.count("lenvm_shared_refused_values_total") >= 1
     assert not there.tier.is_open
+    # What was refused is gone, and what was computed instead takes its place.
+    third = replica(server.url).connected()
+    root = there.engine.core.prefixes.root()
+    chain = root.extend(text)
+    until(lambda: _sound(third, client.get(session_name(chain.handle.encode())), chain))
+    assert third.one(PredictJob(Prefix(text)))["cached_tokens"] == 100
+
+
+def _sound(replica: Replica, value: Any, chain: Any) -> bool:
+    try:
+        replica.tier.codec.unpack_session(chain.root.digest, chain.handle.encode(), value or b"")
+    except CodecError:
+        return False
+    return True
 
 
 def test_other_weights_under_the_same_name_never_hit(

@@ -200,7 +200,11 @@ class RedisTier:
     def _session(self, handle: str, root: bytes) -> tuple[SessionRecord | None, str]:
         key = handle.encode()
         value = self._client.get(session_name(key))
-        record = None if value is None else self._checked(partial(self.codec.unpack_session, root, key, value))
+        record = (
+            None
+            if value is None
+            else self._checked(session_name(key), partial(self.codec.unpack_session, root, key, value))
+        )
         return record, "miss" if record is None else "session"
 
     def _find(self, wants: Sequence[Want]) -> tuple[list[Found], str]:
@@ -240,7 +244,9 @@ class RedisTier:
         if value is None:
             return None
         key, root = want.chain.handle.encode(), want.chain.root.digest
-        record: SessionRecord | None = self._checked(partial(self.codec.unpack_session, root, key, value))
+        record: SessionRecord | None = self._checked(
+            session_name(key), partial(self.codec.unpack_session, root, key, value)
+        )
         if record is None or record.tokens != want.chain.packed:
             return None
         self._observer.memo()
@@ -283,19 +289,22 @@ class RedisTier:
             if value is None:
                 continue
             nbytes += len(value)
-            payload = self._checked(partial(self.codec.unpack_block, roots[key], key, value))
+            payload = self._checked(block_name(key), partial(self.codec.unpack_block, roots[key], key, value))
             if payload is not None:
                 found[key] = self._arrived[key] = payload
         self.costs.fetched(nbytes, time.perf_counter() - since - (self.costs.round_trip_s or 0.0))
         self._observer.break_even(self.costs.break_even_tokens)
         return found
 
-    def _checked(self, unpack: Callable[[], Any]) -> Any:
+    def _checked(self, name: str, unpack: Callable[[], Any]) -> Any:
+        """What ``unpack`` gives; a value that it refuses is taken away, or the writer would take it for stored."""
         try:
             return unpack()
         except CodecError as error:
             self._observer.corrupt()
             logger.warning("%s: a value in Redis was refused: %s", self.name, error)
+            with contextlib.suppress(Exception):
+                self._client.unlink(name)
             return None
 
     def took(self, nbytes: int) -> None:
