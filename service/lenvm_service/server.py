@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import h11
 import uvicorn
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lenvm_service.api.ports import EngineLike
     from lenvm_service.api.service import Service
+    from lenvm_service.engine import Engine
     from lenvm_service.metrics import Metrics
 
 __all__ = [
@@ -337,7 +338,8 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
         if settings.api_workers > 1:
             from lenvm_service.workers.host import WorkerHost
 
-            failure = WorkerHost(settings, listener, url, engines, folders, metrics).run()
+            real = cast("Mapping[str, Engine]", engines)  # a fake one has no tokenizer that workers could read
+            failure = WorkerHost(settings, listener, url, real, folders, metrics).run()
         else:
             app = create_app(engines, settings, metrics)
             server = Server(http_config(app, settings), app.state.service, url)

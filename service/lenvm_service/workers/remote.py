@@ -52,7 +52,7 @@ class Host:
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
         self.channel.send({"ask": number, **question})
         try:
-            found = await waiting
+            found: dict[str, Any] = await waiting
         except asyncio.CancelledError:
             self.channel.send({"cancel": number})
             raise
