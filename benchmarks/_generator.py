@@ -19,6 +19,7 @@ import json
 import random
 import sys
 import time
+from collections import deque
 
 with contextlib.suppress(ImportError):
     import uvloop
@@ -69,7 +70,7 @@ class Load:
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.idle: list[_Link] = []
+        self.idle: deque[_Link] = deque()  # all of them take turns: each may lead to another worker
         self.latencies: dict[str, list[float]] = {}
         self.late: list[float] = []
         self.open = 0
@@ -90,7 +91,7 @@ class Load:
 
     async def send(self, request: bytes, due: float) -> None:
         try:
-            link = self.idle.pop() if self.idle else await self.connect()
+            link = self.idle.popleft() if self.idle else await self.connect()
         except OSError:
             self.answered("refused", due, None)
             return
@@ -110,7 +111,7 @@ class Load:
             request = requests[at % len(requests)]
             self.open += 1
             if self.idle:
-                self.idle.pop().send(request, due)
+                self.idle.popleft().send(request, due)
             else:
                 task = asyncio.create_task(self.send(request, due))
                 tasks.add(task)

@@ -187,7 +187,7 @@ def settled(replica: Replica) -> None:
 
 
 def pool_accounting(replica: Replica, load: Load, context: int, contexts: int) -> dict[str, Any]:
-    """Prompts that fill the pool (``contexts`` contexts and two blocks): what is in use then is theirs, to the block."""
+    """Prompts that fill the pool (``contexts`` contexts and two blocks): what is in use then is theirs to the block."""
     settled(replica)
     held = {state: replica.metric("lenvm_cache_blocks", state=state) for state in ("used", "free")}
     dice, statuses = random.Random(99), []

@@ -352,8 +352,8 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
     return failure
 
 
-def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How uvicorn serves the application."""
+def http_config(app: FastAPI, settings: Settings, *, backlog: int = _BACKLOG) -> uvicorn.Config:
+    """How uvicorn serves the application. ``backlog``: connections that may wait, and that are taken at one go."""
     return uvicorn.Config(
         app,
         http=type("HttpProtocol", (HttpProtocol,), {"read_timeout_s": settings.read_timeout_s}),
@@ -363,7 +363,7 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=_BACKLOG,
+        backlog=backlog,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_ABANDON_S,
         h11_max_incomplete_event_size=_HEADER_BYTES,

@@ -185,6 +185,13 @@ class RemoteMetrics:
             self._observed, self._told = [], self.inflight.count
 
 
+class _Shared(socket.socket):
+    """The listener of all workers. The host has made it listen; asking for less here would shorten the queue of all."""
+
+    def listen(self, backlog: int = 0, /) -> None:
+        """Done already."""
+
+
 class WorkerServer(Server):
     """The server of a worker: models are the host's to watch, and the process ends with the host's."""
 
@@ -210,7 +217,9 @@ async def _serve(listener: socket.socket, link: socket.socket) -> None:
     host.engines = {name: RemoteEngine(name, Path(folder), host) for name, folder in told["models"].items()}
     metrics = RemoteMetrics(host)
     app = create_app(host.engines, settings, metrics)
-    server = WorkerServer(http_config(app, settings), app.state.service, told["url"], host=host, metrics=metrics)
+    # One connection at a time: asyncio would take all that wait, and leave none to workers that have nothing to do.
+    config = http_config(app, settings, backlog=1)
+    server = WorkerServer(config, app.state.service, told["url"], host=host, metrics=metrics)
     host.channel.send({"serving": True})
     await server.serve(sockets=[listener])
     metrics.tell()
@@ -223,7 +232,7 @@ def _path(text: str | None) -> Path | None:
 
 def main() -> None:
     """Serve until a signal, or until the engines' process has gone."""
-    listener, link = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    listener, link = _Shared(fileno=int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2]))
     for each in (listener, link):
         each.setblocking(False)
     with contextlib.suppress(ConnectionError):
