@@ -168,8 +168,8 @@ def _lifebench(add, lenvm, options, sizes, on, fast, out, made) -> None:  # type
         f"{lenvm} eval lifebench --data {options.data} --model {options.model} --device {on} --dtype {fast} "
         f"--targets {sizes.targets} --tasks {sizes.tasks} --tuning-tasks {sizes.tuning} "
         # Below what is asked of the test (8 nats, 5 %): a choice looks better on the tasks that it was made on.
-        "--cost-cap 7 --forced-cap 0.03 "
-        f"--tolerance 0.01,0.02 --strength 1,0.85,0.7 --min-eos-prob 0.001,0.004 --max-rows {options.guided_rows}"
+        "--cost-cap 7.7 --forced-cap 0.03 "
+        f"--tolerance 0.01,0.015,0.02 --min-eos-prob 0.001,0.002,0.004 --max-rows {options.guided_rows}"
     )
     guided, gates = "posterior,paper_value,paper_length", "unguided,eos_gate,force_eos"
     files = []

@@ -336,13 +336,6 @@ def test_posterior_is_tuned_on_tasks_that_are_not_in_the_test(run: Any) -> None:
     assert tight["tuning"]["within_caps"] == {"equal_to": False}
 
 
-def test_only_equal_to_tries_every_strength() -> None:
-    rules = [PosteriorRule(tolerance, strength) for tolerance in (0.02, 0.3) for strength in (1.0, 0.8)]
-    settings = replace(SETTINGS, posterior_grid=rules)
-    assert settings.posterior_rules("equal_to") == rules
-    assert settings.posterior_rules("at_most") == settings.posterior_rules("at_least") == [rules[0], rules[2]]
-
-
 def test_gates_at_no_more_cost_by_hand() -> None:
     def row(task: str, target: int, length: int, cost: float) -> Row:
         return Row(task, "equal_to", target, "posterior", [3] * length, True, False, cost, 0.0)

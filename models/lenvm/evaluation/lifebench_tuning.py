@@ -88,7 +88,7 @@ def _caps(settings: LifebenchSettings) -> dict[str, float]:
 def _grid(kind: Kind, settings: LifebenchSettings) -> list[GateRule | PosteriorRule]:
     return [
         *(settings.grids[kind] if settings.tunes_gates else ()),
-        *(settings.posterior_rules(kind) if settings.tunes_posterior else ()),
+        *(settings.posterior_grid if settings.tunes_posterior else ()),
     ]
 
 

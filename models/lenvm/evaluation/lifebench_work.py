@@ -82,12 +82,6 @@ class LifebenchSettings:
         for rule in self.posterior_grid:
             Objective("equal_to", 1, **rule.to_dict())  # raises for a bad number
 
-    def posterior_rules(self, kind: Kind) -> list[PosteriorRule]:
-        """The rules to choose from for ``kind``. One side of a target costs the text little, so that only equal_to
-        tries every strength; the others keep the first."""
-        first = self.posterior_grid[0].strength
-        return [rule for rule in self.posterior_grid if kind == "equal_to" or rule.strength == first]
-
     @property
     def tunes_gates(self) -> bool:
         """Whether gates are chosen on the tuning tasks."""

@@ -49,10 +49,7 @@ def lifebench(
     tolerance: Annotated[
         str, typer.Option("--tolerance", help="Of posterior, as a share of the target; several are tuned.")
     ] = "0.05",
-    strength: Annotated[
-        str,
-        typer.Option("--strength", help="Of posterior; several are tuned for equal_to, the first serves the others."),
-    ] = "1",
+    strength: Annotated[str, typer.Option("--strength", help="Of posterior; several are tuned.")] = "1",
     min_eos_prob: Annotated[
         str, typer.Option("--min-eos-prob", help="Of posterior: a less likely EOS is not offered; several are tuned.")
     ] = "0",
