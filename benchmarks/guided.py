@@ -37,7 +37,6 @@ from lenvm_client import CandidateScorer, Client
 from lenvm_client.drivers.hf import generate
 from lenvm_service.local import LocalScorer
 
-MODEL = "smollm2-135m-instruct"
 TEMPERATURE = 0.7
 EARLY = 8  # steps at the start that are not counted
 
@@ -163,6 +162,7 @@ def sampled(model: Any, value: LengthValueModel, eos: list[int], options: argpar
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a shipped checkpoint or a folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--sequences", type=int, default=32)
@@ -181,7 +181,7 @@ def main() -> None:
     options = arguments()
     device, dtype = options.device, getattr(torch, options.dtype)
     ceilings = Ceilings.measure(device, dtype)
-    value = LengthValueModel.from_pretrained(MODEL, device=device, dtype=dtype)
+    value = LengthValueModel.from_pretrained(options.model, device=device, dtype=dtype)
     folder = resolve_backbone(value.config.generator.backbone)
     eos_ids = list(load_eos_ids(folder))
 
@@ -190,7 +190,9 @@ def main() -> None:
 
     model = backbone()
     rng = np.random.default_rng(7)
-    prompts = torch.from_numpy(rng.integers(3, 40_000, (options.sequences, options.prompt))).to(device)
+    prompts = torch.from_numpy(
+        rng.integers(3, int(value.decoder.config.vocab_size), (options.sequences, options.prompt))
+    ).to(device)
     found: dict[str, Any] = {"sequences": options.sequences, "candidates": options.candidates}
     found |= {"prompt": options.prompt, "tokens": options.tokens}
     step = scorer_step(value, options)
@@ -204,10 +206,10 @@ def main() -> None:
     if options.cache_tokens:
         flags += ["--cache-tokens", str(options.cache_tokens)]
     with tempfile.TemporaryDirectory() as scratch:
-        replica = Replica(Path(scratch), *flags).ready()
+        replica = Replica(Path(scratch), *flags, model=options.model).ready()
         try:
             with Client(replica.url, timeout=600, total_timeout=None) as client:
-                local = LocalScorer(MODEL, device=device, dtype=options.dtype)
+                local = LocalScorer(options.model, device=device, dtype=options.dtype)
                 ways = loops(loop, {"in_process": local, "loopback": client}, options.rounds)
         finally:
             replica.stop()

@@ -28,10 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _engine import Ceilings, load, merge, spread, timed
+from _engine import Ceilings, merge, spread, timed
 from _load import Replica
 
 from lenvm.backbones import encode_chat
+from lenvm.modeling import LengthValueModel
 from lenvm.scoring import ScoreRow, TorchScorer
 from lenvm_client import CandidateInput, CandidateScorer, Client
 from lenvm_service.engine import EngineOptions, PredictJob, Prefix
@@ -40,7 +41,6 @@ from lenvm_service.local import LocalScorer
 from tests.support.redis_server import free_port
 
 GENERATOR = Path(__file__).with_name("_generator.py")
-MODEL = "smollm2-135m-instruct"
 CALM_MS = 1000.0  # a p99 above this is saturation: higher rates are left out
 
 
@@ -50,7 +50,7 @@ class Bodies:
     def __init__(self, tokenizer: Any, tokens: int) -> None:
         self.rng, self.tokens, self.vocabulary = np.random.default_rng(0), tokens, len(tokenizer)
         words = [word for word in tokenizer.get_vocab() if word.startswith("Ġ") and word[1:].isalpha()]
-        self.words = [" " + word[1:] for word in words if word[1:].isascii()]
+        self.words = [" " + word[1:] for word in words if word[1:].isascii()] or ["a", "b"]
         self.count = max(1, tokens + 1 - len(encode_chat(tokenizer, " a")))
 
     def ids(self) -> list[int]:
@@ -140,7 +140,7 @@ class Bench:
         _shown("generators, answered at once", row)
         return row
 
-    def served(self, workers: int, local: CandidateScorer | None, folder: Path) -> dict[str, Any]:
+    def served(self, workers: int, local: LocalScorer, folder: Path) -> dict[str, Any]:
         """One ``lenvm serve``: the rates, texts, and the step."""
         options = self.options
         flags = ["--device", options.device, "--dtype", options.dtype]
@@ -151,9 +151,7 @@ class Bench:
         replica = Replica(folder, *flags, model=options.model).ready()
         name = f"{workers} API worker{'s' * (workers > 1)}"
         try:
-            found: dict[str, Any] = {"api_workers": workers}
-            if local is not None:
-                found["step"] = step(local, replica.url, options)
+            found: dict[str, Any] = {"api_workers": workers, "step": step(local, replica.url, options)}
             first, rates = min(options.rates), []
             offered(replica.port, first, options.warm_seconds, self.parts(first, options.warm_seconds))
             for rate in options.rates:
@@ -186,7 +184,8 @@ class Bench:
 def scorer_rate(options: argparse.Namespace, bodies: Bodies, ceilings: Ceilings) -> dict[str, Any]:
     """Requests a second through the scorer, a full batch a call."""
     dtype = getattr(torch, options.dtype)
-    model, rows = load("135m", options.device, dtype), max(1, options.batch_tokens // options.tokens)
+    model = LengthValueModel.from_pretrained(options.model, device=options.device, dtype=dtype)
+    rows = max(1, options.batch_tokens // options.tokens)
     floor = ceilings.floor_ms(model, rows=0, tokens=rows * options.tokens, prefix=options.tokens // 2)
     scorer = TorchScorer(model, pool_tokens=4 * rows * (options.tokens + 64) + 4096)
     prompts = [bodies.ids() for _ in range(rows)]
@@ -219,7 +218,8 @@ def engine_rate(options: argparse.Namespace, prompts: Sequence[list[int]]) -> fl
             nonlocal answered, at
             while time.perf_counter() - begin < seconds:
                 at += 1
-                prompt = [3 + at % 40_000, 3 + at // 40_000, *prompts[at % len(prompts)][2:]]
+                head = [3 + at % 100, 3 + at // 100 % 100, 3 + at // 10_000 % 100]
+                prompt = [*head, *prompts[at % len(prompts)][3:]]
                 await engine.submit([PredictJob(Prefix(prompt))])
                 answered += 1
 
@@ -236,15 +236,16 @@ def engine_rate(options: argparse.Namespace, prompts: Sequence[list[int]]) -> fl
 class Steps:
     """Guided decoding steps through a scorer: each row goes on with a candidate of the step before."""
 
-    def __init__(self, scorer: CandidateScorer, options: argparse.Namespace, seed: int) -> None:
+    def __init__(self, scorer: CandidateScorer, options: argparse.Namespace, vocabulary: int, seed: int) -> None:
         self.scorer, self.width, self.rng = scorer, options.candidates, np.random.default_rng(seed)
-        prefixes = self.rng.integers(3, 40_000, (options.rows, options.prefix)).tolist()
+        self.vocabulary = vocabulary
+        prefixes = self.rng.integers(3, vocabulary, (options.rows, options.prefix)).tolist()
         self.rows = [self._row(token_ids=prefix) for prefix in prefixes]
         self.generated = 0
         self.step()
 
     def _row(self, **prefix: Any) -> CandidateInput:
-        start = int(self.rng.integers(3, 40_000))
+        start = int(self.rng.integers(3, self.vocabulary - self.width))
         ids = list(range(start, start + self.width))
         objective = {"kind": "equal_to", "target": 200}
         return CandidateInput(candidates=ids, logprobs=[-2.772588722] * self.width, objective=objective, **prefix)
@@ -263,10 +264,11 @@ class Steps:
         return taken
 
 
-def step(local: CandidateScorer, url: str, options: argparse.Namespace) -> dict[str, Any]:
+def step(local: LocalScorer, url: str, options: argparse.Namespace) -> dict[str, Any]:
     """The same step in this process and over loopback, in turn."""
     with Client(url, timeout=600, total_timeout=None) as client:
-        ways = {"in_process": Steps(local, options, 1), "loopback": Steps(client, options, 2)}
+        size = local.core.scorer.vocab_size
+        ways = {"in_process": Steps(local, options, size, 1), "loopback": Steps(client, options, size, 2)}
         times: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(options.steps + 8):
             for name, way in ways.items():
@@ -296,7 +298,7 @@ def summary(found: dict[str, Any], wanted: float) -> dict[str, Any]:
         "requests_per_s": row["answered_per_s"],
         "p99_ms": p99,
         "api_workers": run["api_workers"],
-        **({"score_added_ms": run["step"]["added_ms"]} if "step" in run else {}),
+        "score_added_ms": run["step"]["added_ms"],
     }
 
 
@@ -306,7 +308,7 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default=MODEL, help="what is served; the engine alone is the shipped model's")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a shipped checkpoint or a folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rates", type=_numbers(float), default=[500.0, 1000.0, 2000.0, 2500.0, 3500.0, 5000.0])

@@ -34,7 +34,6 @@ from lenvm.modeling import LengthValueModel
 from lenvm.returns import value_from_logit
 from lenvm.scoring import ScoreRow, TorchScorer
 
-MODEL = "smollm2-135m-instruct"
 BLOCK = 32  # tokens, of the service's pool
 KEPT = 2000  # answers to be checked, at most
 _FAMILIES = 12  # common beginnings
@@ -54,7 +53,7 @@ class Load:
 
     def ids(self, count: int) -> list[int]:
         """Random tokens, no special ones."""
-        return [self.dice.randrange(100, self.vocabulary) for _ in range(count)]
+        return [self.dice.randrange(20, self.vocabulary) for _ in range(count)]
 
     def prompt(self) -> list[int]:
         """Some begin alike."""
@@ -192,7 +191,7 @@ def pool_accounting(replica: Replica, load: Load, context: int, contexts: int) -
     held = {state: replica.metric("lenvm_cache_blocks", state=state) for state in ("used", "free")}
     dice, statuses = random.Random(99), []
     for length in [*[context] * contexts, BLOCK]:
-        ids = [dice.randrange(100, load.vocabulary) for _ in range(length)]
+        ids = [dice.randrange(20, load.vocabulary) for _ in range(length)]
         answer = httpx2.post(f"{replica.url}/predict_length", json={"token_ids": ids}, timeout=600)
         statuses.append(answer.status_code)
     settled(replica)
@@ -208,9 +207,8 @@ def pool_accounting(replica: Replica, load: Load, context: int, contexts: int) -
     }
 
 
-def checked(load: Load, number: int, device: str, dtype: str) -> dict[str, Any]:
+def checked(load: Load, model: LengthValueModel, number: int, dtype: str) -> dict[str, Any]:
     """Sampled answers against whole texts in float32."""
-    model = LengthValueModel.from_pretrained(MODEL, device=device)
     scorer = TorchScorer(model, pool_tokens=1 << 15)
     chosen = load.dice.sample(load.kept, min(number, len(load.kept)))
     errors = []
@@ -232,6 +230,7 @@ def checked(load: Load, number: int, device: str, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a shipped checkpoint or a folder")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -242,12 +241,9 @@ def main() -> None:
     parser.add_argument("--api-workers", type=int, default=1)
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
-    from lenvm.backbones import resolve_backbone
-    from lenvm.config import LenVMConfig, find_checkpoint
-
-    backbone = resolve_backbone(LenVMConfig.load(find_checkpoint(MODEL)).backbone.name)
-    shape = json.loads((backbone / "config.json").read_text())
-    context, vocabulary = shape["max_position_embeddings"], shape["vocab_size"]
+    # On the CPU until the load is over: on a GPU its memory would be counted.
+    model = LengthValueModel.from_pretrained(options.model)
+    context, vocabulary = model.context, int(model.decoder.config.vocab_size)
     flags = ["--device", options.device, "--dtype", options.dtype]
     flags += ["--cache-tokens", str(options.contexts * context + 2 * BLOCK)]
     if options.api_workers > 1:
@@ -255,7 +251,7 @@ def main() -> None:
     resident: list[tuple[float, float]] = []
     on_device: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        replica = Replica(Path(scratch), *flags).ready()
+        replica = Replica(Path(scratch), *flags, model=options.model).ready()
         stack.callback(replica.stop)
         load = Load(replica.url, 1, vocabulary, options.longest)
 
@@ -274,7 +270,7 @@ def main() -> None:
         late = on_device[len(on_device) // 3 :]
         found |= {"device_mib": [late[0][1], late[-1][1]], "device_slope_mib_per_minute": slope_per_minute(late)}
     found |= {"pool": pool, "engine_failures": failures, "seen": dict(load.seen), "api_workers": options.api_workers}
-    found |= {"answers": checked(load, options.checks, options.device, options.dtype)}
+    found |= {"answers": checked(load, model, options.checks, options.dtype)}
     print(dict(load.seen))
     for name in ("rss", "device"):
         if f"{name}_mib" in found:
