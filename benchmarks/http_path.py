@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from lenvm_client import CandidateInput, CandidateScorer, Client
 from lenvm_service.engine import EngineOptions, PredictJob, Prefix
 from lenvm_service.engine.engine import Engine
 from lenvm_service.local import LocalScorer
+from lenvm_service.server import settle_garbage
 from tests.support.redis_server import free_port
 
 GENERATOR = Path(__file__).with_name("_generator.py")
@@ -210,6 +212,7 @@ def engine_rate(options: argparse.Namespace, prompts: Sequence[list[int]]) -> fl
         time.sleep(0.05)
     if engine.failure is not None:
         raise engine.failure
+    settle_garbage()  # as the service does
 
     async def run(seconds: float) -> float:
         begin, answered, at = time.perf_counter(), 0, 0
@@ -230,6 +233,7 @@ def engine_rate(options: argparse.Namespace, prompts: Sequence[list[int]]) -> fl
         asyncio.run(run(options.warm_seconds))
         return asyncio.run(run(options.seconds))
     finally:
+        gc.unfreeze()
         engine.close()
 
 

@@ -30,7 +30,6 @@ from lenvm.prompts import DOMAINS, load_prompts, select
 from lenvm.scoring import OnnxModel, OnnxScorer, TorchScorer
 
 Text = tuple[Sequence[int], int]
-MODEL = "smollm2-135m-instruct"
 
 
 def texts_of(model: LengthValueModel, options: argparse.Namespace) -> list[Text]:
@@ -44,6 +43,7 @@ def texts_of(model: LengthValueModel, options: argparse.Namespace) -> list[Text]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a shipped checkpoint or a folder")
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds prompts/")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, default=200)
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = LengthValueModel.from_pretrained(MODEL)
+    model = LengthValueModel.from_pretrained(options.model)
     texts = texts_of(model, options)
     tokens = sum(len(ids) for ids, _ in texts)
     print(f"{len(texts)} prompts and answers, {tokens:,} tokens", flush=True)
@@ -73,7 +73,7 @@ def main() -> None:
 
     device = options.device
     for dtype in ("bfloat16",) if device == "cpu" else ("float32", "bfloat16"):
-        other = LengthValueModel.from_pretrained(MODEL, device=device, dtype=getattr(torch, dtype))
+        other = LengthValueModel.from_pretrained(options.model, device=device, dtype=getattr(torch, dtype))
         compared(f"torch-{dtype}", TorchScorer(other, pool_tokens=1 << 15), TORCH_LIMITS[dtype])
     with tempfile.TemporaryDirectory() as scratch:
         for variant in () if options.no_onnx else VARIANTS:

@@ -330,7 +330,7 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
         _quiet_transformers()
     metrics = Metrics()
     engines = {name: load(name, folder, settings, metrics) for name, folder in folders.items()}
-    url = _url(settings.host, listener)
+    url, thresholds = _url(settings.host, listener), gc.get_threshold()
     logger.info("listening; models load in the background", extra=fields(url=url, models=",".join(engines)))
     try:
         for engine in engines.values():
@@ -347,6 +347,7 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
             failure = server.failure
     finally:
         gc.unfreeze()  # libraries clean up behind themselves on the way out
+        gc.set_threshold(*thresholds)
         _close(engines)
     logger.info("stopped")
     return failure
