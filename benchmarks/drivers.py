@@ -38,8 +38,7 @@ from lenvm.evaluation.answers import AnswerFile, Key
 from lenvm.evaluation.lifebench import build_prompt, length_score, load_tasks
 from lenvm.modeling import LengthValueModel
 from lenvm.prompts import read_jsonl
-from lenvm_client import CandidateScorer, Client, TextAdapter
-from lenvm_client._steps import RowReport
+from lenvm_client import CandidateScorer, Client, RowReport, TextAdapter
 from lenvm_client._text import count_units
 
 TEMPERATURE, TOP_K = 0.7, 16
