@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install pull demo serve stop check audit redis prometheus tools test bench clean
+.PHONY: help install pull demo serve stop check audit redis prometheus tools llama-cpp test bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -84,6 +84,10 @@ prometheus:
 tools: install
 	@$(BIN)/python tests/support/deploy_tools.py
 
+# llama-cpp-python, which tests alone use, into build/llama-cpp.
+llama-cpp: install
+	@$(BIN)/python tests/support/llama_cpp_wheel.py
+
 # Known vulnerabilities of the pinned versions, by PyPI's advisories.
 audit: install
 	@if curl -sf -m 20 -o /dev/null https://pypi.org/pypi/pip/24.0/json; then \
@@ -92,7 +96,7 @@ audit: install
 	else echo "audit: not run: PyPI's advisories cannot be reached from here"; fi
 
 # With the backbone there, nothing may be skipped for want of it.
-test: pull redis prometheus tools
+test: pull redis prometheus tools llama-cpp
 	LENVM_REQUIRE_REAL=1 $(BIN)/python -m pytest $(ARGS)
 
 bench: pull

@@ -1,13 +1,17 @@
-"""Length scores of one model through several drivers (transformers in-process, transformers over HTTP, llama.cpp), and
-of targets in words beside unguided answers.
+"""Length scores of one model through several drivers (transformers in-process, transformers over HTTP, llama.cpp), of
+targets in words beside unguided answers, and of a second backbone whose tokenizer is not the value model's.
 
-    python benchmarks/drivers.py --data ../shared/data --gguf MODEL.gguf --report reports/drivers.json
+    python benchmarks/drivers.py --data ../shared/data --gguf MODEL.gguf --second --work runs/drivers.jsonl \\
+        --report reports/drivers.json
 
 LIFEBench, Equal To, at ``--targets`` tokens in turn, ``--generations`` in all, temperature 0.7, 16 candidates and EOS,
 one seed a generation. ``hf`` and ``hf_http`` draw the same tokens but for rounding; llama.cpp computes with 8-bit
 activations, so that its answers part from theirs. Without ``--gguf`` (the backbone's own file) it is left out.
 ``--url`` asks a running service; otherwise one is started. Words: English LongBench-Write prompts of at most
-``--most-words``.
+``--most-words``. Second backbone: see ``_second.py``; plain questions, targets of ``--second-targets`` of its tokens.
+
+With ``--work`` a finished generation is kept and not made again. Each study is a part of the report with a command of
+its own, and leaves the others there; 0 generations leave one out. ``seconds`` and ``tokens`` are those of this run.
 """
 
 from __future__ import annotations
@@ -20,55 +24,122 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from _engine import merge
+from _second import NAME as SECOND
+from _second import Second
 
 from lenvm.backbones import encode_chat, load_backbone, resolve_backbone
+from lenvm.decoding import Generation
+from lenvm.evaluation.answers import AnswerFile, Key
 from lenvm.evaluation.lifebench import build_prompt, length_score, load_tasks
 from lenvm.modeling import LengthValueModel
 from lenvm.prompts import read_jsonl
-from lenvm.reports import device_name, versions, write_report
-from lenvm_client import CandidateScorer, Client, TextAdapter
+from lenvm_client import CandidateScorer, Client, RowReport, TextAdapter
 from lenvm_client._text import count_units
 
 TEMPERATURE, TOP_K = 0.7, 16
 MOST_PROMPT = 512  # tokens; a few tasks quote whole articles
-Job = tuple[list[int], dict[str, Any] | None, int]  # prompt, objective, seed
-Run = Callable[[Sequence[Job], int], list[list[int]]]  # jobs, most new tokens -> content tokens
+QUESTIONS = (
+    "Why is the sky blue?",
+    "How do bees make honey?",
+    "What causes earthquakes?",
+    "Why do leaves change colour in autumn?",
+    "How does a refrigerator keep food cold?",
+    "Why do cats purr?",
+    "How are mountains formed?",
+    "What is a black hole?",
+    "Why is sea water salty?",
+    "How do vaccines work?",
+    "What is inflation in an economy?",
+    "How do birds find their way when they migrate?",
+    "Why do we dream?",
+    "How is paper made?",
+    "What did the Romans build roads for?",
+    "How does a sailing boat move against the wind?",
+    "Why do onions make us cry?",
+    "What is photosynthesis?",
+    "How do volcanoes erupt?",
+    "Why does bread rise?",
+    "What is the difference between weather and climate?",
+    "How does a bicycle stay upright?",
+    "Why do we have leap years?",
+    "How do computers store numbers?",
+)
 
 
-def hf_driver(model: Any, scorer: CandidateScorer, eos: int, batch: int, text: TextAdapter | None = None) -> Run:
-    """transformers, ``batch`` rows at a time."""
+@dataclass(frozen=True)
+class Job:
+    """An answer to make: ``most`` new tokens at most; ``objective`` None is unguided, with the same sampler."""
+
+    study: str
+    driver: str
+    at: int
+    prompt: list[int]
+    target: int
+    objective: dict[str, Any] | None
+    most: int
+    keeps_tokens: ClassVar[bool] = True
+
+    @property
+    def key(self) -> Key:
+        """What names the answer in a work file."""
+        return self.study, self.driver, self.at
+
+    @property
+    def seed(self) -> int:
+        return 1000 + self.at
+
+
+Run = Callable[[Sequence[Job]], list[Generation]]  # the jobs of one batch
+
+
+def generation(job: Job, ids: Sequence[int], ends: Sequence[int], report: RowReport) -> Generation:
+    """``ids`` up to the first that ends the answer."""
+    length = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+    return Generation(
+        list(ids[:length]),
+        finished=length < job.most,
+        forced_stop=report.forced_stop,
+        text_cost=report.text_cost,
+        logprob=float("nan"),
+        seed=job.seed,
+    )
+
+
+def hf_driver(model: Any, scorer: CandidateScorer, ends: Sequence[int], text: TextAdapter | None = None) -> Run:
+    """transformers. ``ends``: the EOS, then stop ids."""
     import torch
 
     from lenvm_client.drivers.hf import generate
 
-    def run(jobs: Sequence[Job], most: int) -> list[list[int]]:
-        answers = []
-        for start in range(0, len(jobs), batch):
-            rows = jobs[start : start + batch]
-            width = max(len(ids) for ids, *_ in rows)
-            inputs = {
-                "input_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids, *_ in rows]),
-                "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, *_ in rows]),
-            }
-            sequences, _ = generate(
-                model,
-                scorer,
-                inputs,
-                objectives=[objective for _, objective, _ in rows],
-                temperature=TEMPERATURE,
-                top_k=TOP_K,
-                seeds=[seed for *_, seed in rows],
-                max_new_tokens=most,
-                eos_token_id=eos,
-                pad_token_id=0,
-                on_error="raise",
-                text=text,
-            )
-            for row in sequences[:, width:].tolist():
-                answers.append(row[: row.index(eos)] if eos in row else row)
-        return answers
+    def run(jobs: Sequence[Job]) -> list[Generation]:
+        width = max(len(job.prompt) for job in jobs)
+        padding = [width - len(job.prompt) for job in jobs]
+        inputs = {
+            "input_ids": torch.tensor([[0] * pad + job.prompt for pad, job in zip(padding, jobs, strict=True)]),
+            "attention_mask": torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
+        }
+        sequences, report = generate(
+            model,
+            scorer,
+            inputs,
+            objectives=[job.objective for job in jobs],
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            seeds=[job.seed for job in jobs],
+            max_new_tokens=max(job.most for job in jobs),
+            eos_token_id=ends[0],
+            stop_token_ids=ends[1:],
+            pad_token_id=0,
+            on_error="raise",
+            text=text,
+        )
+        rows = zip(jobs, sequences[:, width:].tolist(), report.rows, strict=True)
+        return [generation(job, ids, ends, row) for job, ids, row in rows]
 
     return run
 
@@ -81,14 +152,30 @@ def llama_driver(gguf: Path, scorer: CandidateScorer, threads: int, context: int
 
     llama = Llama(str(gguf), n_ctx=context, n_threads=threads, verbose=False)
 
-    def run(jobs: Sequence[Job], most: int) -> list[list[int]]:
+    def one(job: Job) -> Generation:
         options: dict[str, Any] = {"temperature": TEMPERATURE, "top_k": TOP_K, "on_error": "raise"}
-        return [
-            generate(llama, scorer, ids, objective=objective, max_tokens=most, seed=seed, **options)[0]
-            for ids, objective, seed in jobs
-        ]
+        ids, report = generate(
+            llama, scorer, job.prompt, objective=job.objective, max_tokens=job.most, seed=job.seed, **options
+        )
+        return generation(job, ids, (), report.rows[0])
 
-    return run
+    return lambda jobs: [one(job) for job in jobs]
+
+
+def make(store: AnswerFile, run: Run, jobs: Sequence[Job], batch: int) -> dict[str, float]:
+    """Make the answers that the work file does not hold, those of like targets together so that they end together;
+    returns what that took."""
+    missing = sorted((job for job in jobs if job not in store), key=lambda job: job.target)
+    seconds, tokens = 0.0, 0
+    for start in range(0, len(missing), batch):
+        rows = missing[start : start + batch]
+        started = time.perf_counter()
+        made = run(rows)
+        seconds += time.perf_counter() - started
+        for job, answer in zip(rows, made, strict=True):
+            store.add(job, answer)
+            tokens += len(answer.token_ids)
+    return {"seconds": seconds, "tokens": tokens}
 
 
 @contextmanager
@@ -116,10 +203,6 @@ def service(url: str | None, model: str) -> Iterator[str]:
         process.wait(60)
 
 
-def scores(lengths: Sequence[float], targets: Sequence[int]) -> list[float]:
-    return [length_score(round(length), target) for length, target in zip(lengths, targets, strict=True)]
-
-
 def summary(found: Sequence[float], targets: Sequence[int], against: Sequence[float] | None = None) -> dict[str, Any]:
     """Mean and standard error of length scores, by target too, and of the difference to other scores, job by job."""
 
@@ -137,53 +220,99 @@ def summary(found: Sequence[float], targets: Sequence[int], against: Sequence[fl
     return out
 
 
-def lifebench(options: argparse.Namespace, tokenizer: Any, runs: dict[str, Run]) -> dict[str, Any]:
-    """The same jobs through every driver."""
-    targets = [options.targets[at % len(options.targets)] for at in range(options.generations)]
-    jobs: list[Job] = []
+def figures(
+    store: AnswerFile, jobs: Sequence[Job], lengths: Sequence[float], against: Sequence[float] | None = None
+) -> tuple[dict[str, Any], list[float]]:
+    """``summary`` with what guidance cost, and the length scores themselves."""
+    found = [length_score(round(length), job.target) for length, job in zip(lengths, jobs, strict=True)]
+    answers = [store[job] for job in jobs]
+    shares = {
+        "forced_stop_rate": statistics.fmean(answer.forced_stop for answer in answers),
+        "kl_per_sequence": statistics.fmean(answer.text_cost for answer in answers),
+        "finished": statistics.fmean(answer.finished for answer in answers),
+    }
+    return summary(found, [job.target for job in jobs], against) | shares, found
+
+
+def lifebench(
+    options: argparse.Namespace, store: AnswerFile, tokenizer: Any, runs: dict[str, tuple[Run, int]]
+) -> dict[str, Any]:
+    """The same jobs through every driver; ``runs``: with their batch sizes."""
+    asked: list[tuple[list[int], int]] = []
     tasks = iter(load_tasks(options.data, n=None))
-    for at, target in enumerate(targets):
+    for at in range(options.generations):
+        target = options.targets[at % len(options.targets)]
         prompt: list[int] = []
         while not 0 < len(prompt) <= MOST_PROMPT:
             prompt = encode_chat(tokenizer, build_prompt(next(tasks), "equal_to", target))
-        jobs.append((prompt, {"kind": "equal_to", "target": target}, 1000 + at))
-    found: dict[str, list[float]] = {}
+        asked.append((prompt, target))
     metrics: dict[str, Any] = {}
-    for name, run in runs.items():
-        started = time.perf_counter()
-        answers = run(jobs, 2 * max(targets))
-        seconds = time.perf_counter() - started
-        found[name] = scores([len(answer) for answer in answers], targets)
-        metrics[name] = summary(found[name], targets, found["hf"] if name != "hf" else None)
-        metrics[name] |= {"seconds": seconds, "tokens": sum(map(len, answers))}
-        print(f"{name:10} length score {metrics[name]['ls']['mean']:5.1f}  {seconds:6.0f} s", flush=True)
+    reference: list[float] | None = None
+    for name, (run, batch) in runs.items():
+        jobs = [
+            Job("lifebench", name, at, prompt, target, equal_to(target), 2 * max(options.targets))
+            for at, (prompt, target) in enumerate(asked)
+        ]
+        took = make(store, run, jobs, batch)
+        metrics[name], found = figures(store, jobs, [store[job].length for job in jobs], reference)
+        metrics[name] |= took
+        reference = reference or found
+        print(f"{name:10} length score {metrics[name]['ls']['mean']:5.1f}  {took['seconds']:6.0f} s", flush=True)
     return metrics
 
 
-def words(options: argparse.Namespace, tokenizer: Any, model: Any, scorer: CandidateScorer, eos: int) -> dict[str, Any]:
+def words(
+    options: argparse.Namespace, store: AnswerFile, tokenizer: Any, model: Any, scorer: CandidateScorer
+) -> dict[str, Any]:
     """LongBench-Write in words, guided and unguided by the same sampler."""
     rows = [row for _, row in read_jsonl(options.data / "bench" / "longbench_write.jsonl.gz")]
     kept = [row for row in rows if row["lang"] == "en" and row["target_words"] <= options.most_words]
-    kept = kept[: options.words]
-    targets = [int(row["target_words"]) for row in kept]
     metrics: dict[str, Any] = {}
     unguided: list[float] | None = None
     for name in ("unguided", "guided"):
         text = TextAdapter.from_tokenizers(tokenizer) if name == "guided" else None
-        jobs: list[Job] = []
-        for at, row in enumerate(kept):
-            goal = {"kind": "equal_to", "target": targets[at], "unit": "words"}
-            jobs.append((encode_chat(tokenizer, row["prompt"]), goal if text else None, 2000 + at))
-        answers = hf_driver(model, scorer, eos, options.batch, text)(jobs, 3 * max(targets))
-        lengths = [count_units(tokenizer.decode(answer), "words") for answer in answers]
-        found = scores(lengths, targets)
-        metrics[name] = summary(found, targets, unguided)
+        jobs = []
+        for at, row in enumerate(kept[: options.words]):
+            target, prompt = int(row["target_words"]), encode_chat(tokenizer, row["prompt"])
+            goal = equal_to(target) | {"unit": "words"} if text else None
+            jobs.append(Job("longbench_write", name, at, prompt, target, goal, 3 * options.most_words))
+        took = make(store, hf_driver(model, scorer, [tokenizer.eos_token_id], text), jobs, options.batch)
+        lengths = [count_units(tokenizer.decode(store[job].token_ids), "words") for job in jobs]
+        metrics[name], found = figures(store, jobs, lengths, unguided)
+        metrics[name] |= took
         unguided = found
         print(f"words, {name:8} length score {metrics[name]['ls']['mean']:5.1f}", flush=True)
     return metrics
 
 
-def main() -> None:
+def second(options: argparse.Namespace, store: AnswerFile, tokenizer: Any, scorer: CandidateScorer) -> dict[str, Any]:
+    """A backbone with another tokenizer, guided and unguided by the same sampler; lengths in its own tokens."""
+    backbone = Second.load()
+    text = backbone.text(tokenizer)
+    metrics: dict[str, Any] = {"backbone": SECOND, "approximate": list(text.estimates(equal_to(1)))}
+    unguided: list[float] | None = None
+    for name in ("unguided", "guided"):
+        jobs = []
+        for at in range(options.second):
+            lap, place = divmod(at, len(QUESTIONS))
+            target = options.second_targets[(place + lap) % len(options.second_targets)]
+            goal = equal_to(target) if name == "guided" else None
+            prompt = backbone.prompt(QUESTIONS[place])
+            jobs.append(Job("second", name, at, prompt, target, goal, 4 * max(options.second_targets)))
+        run = hf_driver(backbone.model, scorer, backbone.end_ids, text if name == "guided" else None)
+        took = make(store, run, jobs, options.batch)
+        metrics[name], found = figures(store, jobs, [store[job].length for job in jobs], unguided)
+        metrics[name] |= took
+        unguided = found
+        print(f"second, {name:8} length score {metrics[name]['ls']['mean']:5.1f}", flush=True)
+    return metrics
+
+
+def equal_to(target: int) -> dict[str, Any]:
+    return {"kind": "equal_to", "target": target}
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds bench/")
@@ -193,10 +322,17 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--words", type=int, default=20, help="prompts with targets in words; 0 leaves them out")
     parser.add_argument("--most-words", type=int, default=400)
+    parser.add_argument("--second", type=int, nargs="?", const=48, default=0, help="answers of a second backbone (48)")
+    parser.add_argument("--second-targets", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="keep finished generations here; a rerun goes on")
     parser.add_argument("--report", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
 
     import torch
 
@@ -204,32 +340,36 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     value_model = LengthValueModel.from_pretrained(options.model)
-    tokenizer, eos = value_model.tokenizer, value_model.tokenizer.eos_token_id
-    backbone = load_backbone(resolve_backbone(value_model.config.generator.backbone), attn_implementation="sdpa")
+    tokenizer, ends = value_model.tokenizer, [value_model.tokenizer.eos_token_id]
     scorer = LocalScorer(options.model)
-    metrics: dict[str, Any] = {}
-    with service(options.url, options.model) as url, Client(url, timeout=300, total_timeout=None) as client:
-        runs = {
-            "hf": hf_driver(backbone, scorer, eos, options.batch),
-            "hf_http": hf_driver(backbone, client, eos, options.batch),
-        }
-        if options.gguf is None:
-            print("llama_cpp is left out: give --gguf")
-        else:
-            runs["llama_cpp"] = llama_driver(
-                options.gguf, scorer, options.threads, MOST_PROMPT + 2 * max(options.targets)
-            )
-        metrics["lifebench"] = lifebench(options, tokenizer, runs)
-    if options.words:
-        metrics["longbench_write"] = words(options, tokenizer, backbone, scorer, eos)
-    if options.report:
-        made = versions()
-        if options.gguf is not None:
-            import llama_cpp
+    names = ("model", "targets", "most_words", "second_targets")
+    settings = {name: getattr(options, name) for name in names} | {"files": value_model.config.files}
+    settings |= {"temperature": TEMPERATURE, "top_k": TOP_K}
+    backbone: Any = None
+    if options.generations or options.words:
+        backbone = load_backbone(resolve_backbone(value_model.config.generator.backbone), attn_implementation="sdpa")
+    with AnswerFile(options.work, settings) as store:
+        if options.generations:
+            with service(options.url, options.model) as url, Client(url, timeout=300, total_timeout=None) as client:
+                runs = {
+                    "hf": (hf_driver(backbone, scorer, ends), options.batch),
+                    "hf_http": (hf_driver(backbone, client, ends), options.batch),
+                }
+                if options.gguf is None:
+                    print("llama_cpp is left out: give --gguf")
+                else:
+                    context = MOST_PROMPT + 2 * max(options.targets)
+                    runs["llama_cpp"] = (llama_driver(options.gguf, scorer, options.threads, context), 1)
+                found = lifebench(options, store, tokenizer, runs)
+            if "llama_cpp" in found:
+                import llama_cpp
 
-            made |= {"llama-cpp-python": llama_cpp.__version__}
-        command = ["python", *sys.argv]
-        write_report(options.report, command=command, metrics=metrics, device=device_name("cpu"), versions=made)
+                found["llama_cpp"]["version"] = llama_cpp.__version__
+            merge(options.report, {"lifebench": found}, "cpu")
+        if options.words:
+            merge(options.report, {"longbench_write": words(options, store, tokenizer, backbone, scorer)}, "cpu")
+        if options.second:
+            merge(options.report, {"second": second(options, store, tokenizer, scorer)}, "cpu")
 
 
 if __name__ == "__main__":

