@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -28,7 +29,7 @@ def markdown_anchors(text: str) -> set[str]:
     """Ids of a page's headings, as the site makes them."""
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
     found: set[str] = set()
-    for heading, inline in zip(tokens, tokens[1:], strict=False):
+    for heading, inline in pairwise(tokens):
         if heading.type == "heading_open":
             words = "".join(child.content for child in inline.children or () if child.type in ("text", "code_inline"))
             unique(slugify(words, "-"), found)
@@ -43,9 +44,10 @@ def dead_links(page: Path, root: Path) -> list[str]:
         if parts.scheme or parts.netloc:
             continue  # somebody else's: not asked from here
         target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-        if not target.exists() or not target.is_relative_to(root):
-            dead.append(link)
-        elif parts.fragment and parts.fragment not in markdown_anchors(target.read_text(encoding="utf-8")):
+        there = target.exists() and target.is_relative_to(root)
+        if there and parts.fragment:
+            there = parts.fragment in markdown_anchors(target.read_text(encoding="utf-8"))
+        if not there:
             dead.append(link)
     return dead
 

@@ -12,7 +12,8 @@ from tests.support.links import dead_links, markdown_anchors, markdown_links
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "models/zoo").rglob("*.md")], key=lambda path: str(path)
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "models/zoo").rglob("*.md")],
+    key=lambda path: str(path),
 )
 
 
@@ -37,7 +38,8 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_a_dead_link_is_found(tmp_path: Path) -> None:
     (tmp_path / "there.md").write_text("# A `code` & more\n\n## Twice\n\n## Twice\n", encoding="utf-8")
     text = """# Here
-[ok](there.md) [ok](there.md#a-code-more) [ok](#here) [ok](https://example.com/none) `[code](none.md)` [ok](there.md#twice_1)
+[ok](there.md) [ok](there.md#a-code-more) [ok](#here) [ok](https://example.com/none) `[code](none.md)`
+[ok](there.md#twice_1)
 [dead](none.md) [dead](there.md#none) ![dead](none.png) [dead](#none) [outside](../)
 
 | [dead](table.md) |
