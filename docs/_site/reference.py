@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -141,14 +142,10 @@ def _command(command: Any, name: str) -> Iterator[str]:
         if not parameter.hidden:
             names = parameter.get_usage_pieces(context) or [*parameter.opts, *parameter.secondary_opts]
             flag = getattr(parameter, "is_flag", False)
-            kind = "" if flag else f"`{_value(parameter, context)}`"
-            shown = ", ".join(f"`{_cell(part)}`" for part in names)
+            kind = "" if flag else _code(str(parameter.metavar or parameter.display_type(context)).strip("<>"))
+            shown = ", ".join(_code(name.strip("{}")) for name in names)
             yield f"| {shown} | {kind} | {_default(parameter)} | {_cell(parameter.help)} |"
-    yield "| `-h`, `--help` | | | Show this and exit |\n"
-
-
-def _value(parameter: Any, context: Any) -> str:
-    return str(parameter.metavar or parameter.display_type(context)).strip("<>").replace("|", "\\|")
+    yield "| <code>-h</code>, <code>--help</code> | | | Show this and exit |\n"
 
 
 def _default(parameter: Any) -> str:
@@ -157,6 +154,11 @@ def _default(parameter: Any) -> str:
     if isinstance(parameter.show_default, str):
         return parameter.show_default
     return "" if parameter.default in (None, False, (), []) else f"`{parameter.default}`"
+
+
+def _code(text: str) -> str:
+    """As HTML: in Markdown a bar ends the cell of a table, in code too."""
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
 
 def _help(text: str | None) -> str:
@@ -174,7 +176,7 @@ def _cell(text: str | None) -> str:
 def settings(model: Any, serve: Any) -> str:
     """The fields of ``Settings`` beside the help of the option of ``lenvm serve`` that each is."""
     options = {parameter.name: parameter for parameter in serve.params}
-    lines = ["| variable | flag | type | default | |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| variable, flag | type | default | |", "| --- | --- | --- | --- |"]
     schema = model.model_json_schema()["properties"]
     for name in model.model_fields:
         field = schema[name]
@@ -182,7 +184,7 @@ def settings(model: Any, serve: Any) -> str:
         flag = name.replace("_", "-")
         option = options[name]
         lines.append(
-            f"| `LENVM_{name.upper()}` | `--{flag}` | {kind} | {_default(option) or 'none'} | {_cell(option.help)} |"
+            f"| `LENVM_{name.upper()}`<br>`--{flag}` | {kind} | {_default(option) or 'none'} | {_cell(option.help)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -194,6 +196,6 @@ def reports(folder: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         cells = [_cell(str(found.get(name, ""))) for name in ("commit", "date", "device")]
         cells[1] = cells[1][:10]
-        command = str(found["command"]).replace("|", "\\|")
-        lines.append(f"| [{path.name}](../reports/{path.name}) | `{command}` | " + " | ".join(cells) + " |")
+        command = _code(str(found["command"]))
+        lines.append(f"| [{path.name}](../reports/{path.name}) | {command} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

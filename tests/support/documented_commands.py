@@ -146,6 +146,16 @@ def _vllm(words: list[str]) -> None:
     check_python(f"from {module} import {name}", "the option --logits-processors")
 
 
+def _ray(words: list[str]) -> None:
+    assert words[0] in ("start", "status", "stop"), words
+
+
+def _ray_serve(words: list[str]) -> None:
+    """Ray's command ``serve``: the files that it is given exist."""
+    assert words[0] in ("deploy", "run", "status", "shutdown"), words
+    assert all((ROOT / word).is_file() for word in words if word.endswith((".yaml", ".yml"))), words
+
+
 def _git(words: list[str]) -> None:
     assert words[0] in ("clone", "tag", "push", "status", "log"), words
 
@@ -170,6 +180,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "pip": _pip,
     "pytest": _pytest,
     "python": _python,
+    "ray": _ray,
+    "serve": _ray_serve,
     "torchrun": _torchrun,
     "vllm": _vllm,
 }
