@@ -81,9 +81,6 @@ def licence_of(distribution: metadata.Distribution, rules: Mapping[str, Any]) ->
     name, about = canonicalize_name(distribution.metadata["Name"]), distribution.metadata
     if name in rules["read"]:
         return str(rules["read"][name]["licence"])
-    for pattern, exception in rules["exceptions"].items():
-        if "*" in pattern and fnmatch.fnmatchcase(name, pattern):
-            return str(exception["licence"])
     candidates = [about.get("License-Expression") or about.get("License") or ""]
     named = [line for line in about.get_all("Classifier") or () if line.startswith("License :: ")]
     if all(line in rules["classifiers"] for line in named):
@@ -95,6 +92,8 @@ def licence_of(distribution: metadata.Distribution, rules: Mapping[str, Any]) ->
             continue
         if parsed is not None:
             return str(parsed)
+    for exception in _exceptions(name, rules):  # of vendors whose licences have no identifier
+        return str(exception["licence"])
     said = " ".join((about.get("License") or "nothing").split())[:60]
     raise LicenceError(
         f"{name}: the licence is not known (its metadata says {said!r} and {named}): read its licence file, and put it "
@@ -104,9 +103,6 @@ def licence_of(distribution: metadata.Distribution, rules: Mapping[str, Any]) ->
 
 def allowed(name: str, licence: str, rules: Mapping[str, Any]) -> bool:
     """May a dependency be under this expression? Of ``OR`` one part is enough; ``WITH`` only adds permissions."""
-    for pattern, exception in rules["exceptions"].items():
-        if fnmatch.fnmatchcase(name, pattern):
-            return bool(exception["licence"] == licence)
 
     def holds(part: Any) -> bool:
         operator = getattr(part, "operator", "").strip()
@@ -114,7 +110,12 @@ def allowed(name: str, licence: str, rules: Mapping[str, Any]) -> bool:
             return (all if operator == "AND" else any)(map(holds, part.args))
         return str(getattr(part, "license_symbol", part)) in rules["allowed"]
 
-    return holds(_SPDX.parse(licence))
+    return any(each["licence"] == licence for each in _exceptions(name, rules)) or holds(_SPDX.parse(licence))
+
+
+def _exceptions(name: str, rules: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of a package: by its name, or by a pattern."""
+    return [given for pattern, given in rules["exceptions"].items() if fnmatch.fnmatchcase(name, pattern)]
 
 
 def describe() -> dict[str, Any]:
@@ -156,7 +157,7 @@ def table(found: Closure, rules: Mapping[str, Any]) -> str:
         licence = licence_of(distribution, rules)
         if not allowed(name, licence, rules):
             raise LicenceError(f"{name} is under {licence}, which deploy/licences.toml does not allow")
-        why = [given["why"] for pattern, given in rules["exceptions"].items() if fnmatch.fnmatchcase(name, pattern)]
+        why = [given["why"] for given in _exceptions(name, rules) if given["licence"] == licence]
         note = why[0] if why else ("read in its licence file" if name in rules["read"] else "")
         lines.append(f"| {name} | {distribution.version} | {licence} | {note} |")
     return "\n".join(lines) + "\n"

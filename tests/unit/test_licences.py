@@ -140,6 +140,7 @@ def test_copyleft_is_refused_and_an_exception_holds_for_its_licence_alone() -> N
     assert not allowed("tqdm", "GPL-3.0-only", RULES)
     nvidia = Package("nvidia-cublas-cu12", License="NVIDIA Proprietary Software")
     assert allowed("nvidia-cublas-cu12", licence_of(nvidia, RULES), RULES)
+    assert licence_of(Package("cuda-pathfinder", License="Apache-2.0"), RULES) == "Apache-2.0"
 
 
 def test_the_closure_follows_markers_and_extras(monkeypatch: pytest.MonkeyPatch) -> None:
