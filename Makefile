@@ -119,4 +119,4 @@ bench: pull
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find models service clients tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true

@@ -125,7 +125,9 @@ def describe() -> dict[str, Any]:
         command = [sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", str(ROOT / "pyproject.toml")]
         command += ["--mc-type", "application", "--spec-version", "1.6", "--output-format", "JSON"]
         command += ["--output-reproducible", "--no-validate", "--output-file", str(out), sys.executable]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"error: cyclonedx-py failed: {done.stderr.strip()}")
         document: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return document
 
