@@ -2,14 +2,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install pull demo serve stop check audit redis prometheus tools llama-cpp test bench clean
+.PHONY: help install pull demo serve stop check audit docs dist sbom licences redis prometheus tools llama-cpp test bench clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BACKBONE := smollm2-135m-instruct
-SOURCES := models service clients tests benchmarks reports deploy
+SOURCES := models service clients tests benchmarks reports deploy docs
 # `make serve PORT=9000 MODEL=NAME_OR_DIR` changes what it serves.
 PORT ?= 8000
 MODEL ?= $(BACKBONE)
@@ -23,6 +23,8 @@ help:
 	@echo "make test     all tests, on the real backbone"
 	@echo "make check    formatting, lint, types, import rules"
 	@echo "make bench    every script in benchmarks/ (BENCH=benchmarks/NAME.py for one, ARGS=... for its arguments)"
+	@echo "make docs     the documentation's site, into build/site"
+	@echo "make dist     source distribution and wheel, into dist; make sbom and make licences say what comes with them"
 	@echo "make install  only set up .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean    remove .venv and all caches"
 
@@ -34,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt models/lenvm/_version.py
 	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
 	  || { echo "error: no venv module: install it first (on Debian: apt-get install python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[export,train,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs,export,train,dev]'
 	@touch $@
 
 pull: install
@@ -67,6 +69,22 @@ check: install
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A warning (a dead link, a page that is nowhere in the navigation) is an error. The variable silences an advertisement.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The wheel is built from the source distribution, so that both are complete.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build
+
+# What users get with lenvm, as a CycloneDX document, and its licences as a table.
+sbom: install
+	$(BIN)/python deploy/sbom.py
+
+licences: install
+	@$(BIN)/python deploy/sbom.py --licences
 
 redis:
 	@command -v redis-server > /dev/null || { \
@@ -105,4 +123,4 @@ bench: pull
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find models service clients tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true

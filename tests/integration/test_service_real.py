@@ -1,10 +1,8 @@
-"""``lenvm serve`` with the real model, over a real socket: what the README promises, batching, and equal tokens."""
+"""``lenvm serve`` with the real model, over a real socket: batching, and equal tokens."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from lenvm_service.cli import main
 from lenvm_service.remote import RemoteGuide
 from tests.integration.conftest import ServiceProcess, start_service
 
-_VARIES = {"timings_ms", "request_id", "session", "prediction_id", "model_sha"}
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 QUESTION = "Why is the sky blue?"
 PARAMS = SamplingParams(temperature=0.7, top_k=16, max_new_tokens=24)
 MIXED: list[Objective | None] = [
@@ -47,41 +43,6 @@ def client(service: ServiceProcess) -> Any:
 @pytest.fixture(scope="module")
 def generator(real_backbone_dir: Path) -> LocalGenerator:
     return LocalGenerator(DEFAULT_BACKBONE, max_rows=32)
-
-
-# -- the README --------------------------------------------------------------------------------------------------------
-
-
-def readme_examples() -> list[tuple[str, str]]:
-    """Pairs of a curl command and the answer printed under it."""
-    return re.findall(r"^    \$ (curl .*(?:\n {6,}.*)*)\n((?:    [{}\[\] ].*\n)+)", README, re.MULTILINE)
-
-
-def _equal(found: Any, printed: Any) -> bool:
-    """Equal to the digits that the README shows, but for what differs from call to call (handles are keyed)."""
-    if isinstance(printed, dict):
-        names = set(printed) - _VARIES
-        return names == set(found) - _VARIES and all(_equal(found[name], printed[name]) for name in names)
-    if isinstance(printed, list):
-        return len(found) == len(printed) and all(map(_equal, found, printed))
-    if isinstance(printed, float):
-        return bool(found == pytest.approx(printed, rel=2e-3, abs=2e-3))
-    return bool(found == printed)
-
-
-def test_the_readme_has_examples() -> None:
-    assert {path for command, _ in readme_examples() for path in re.findall(r"8000(/[a-z_/]+)", command)} >= {
-        "/predict_length",
-        "/score",
-    }
-
-
-def test_the_readmes_curl_examples_answer_as_printed(service: ServiceProcess) -> None:
-    for command, printed in readme_examples():
-        assert "localhost:8000" in command
-        command = command.replace("localhost:8000", service.url.removeprefix("http://"))
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
-        assert _equal(json.loads(done.stdout), json.loads(printed)), f"{command}\n{done.stdout}"
 
 
 # -- guided generation over HTTP ---------------------------------------------------------------------------------------
