@@ -17,7 +17,10 @@ MODES = {
     "paper_length": "paper's hard rule, in lengths",
     "posterior": "posterior (ours)",
 }
-KINDS = {"equal_to": "Equal To:", "at_most": "At Most:", "at_least": "At Least:"}
+KINDS = ("equal_to", "at_most", "at_least")
+
+
+BASELINES = ("constant", "prompt_length", "linear_probe", "prompt_encoder")
 
 
 def report(name: str) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def test_prediction_table() -> None:
             f"{100 * row['mre']:.1f} % ({100 * low:.1f}-{100 * high:.1f})",
             f"{100 * row['oracle_horizon_same']:.1f} %",
             f"{100 * row['mre_mean']:.1f} %",
-            *(f"{100 * row['baselines'][name]:.1f} %" for name in ("constant", "prompt_length", "linear_probe")),
+            *(f"{100 * row['baselines'][name]:.1f} %" for name in BASELINES),
             f"{100 * row['noise_floor']:.1f} %",
             f"{100 * row['coverage_p90']:.1f} %",
             f"{100 * row['cut_share']:.1f} %",
@@ -45,15 +48,10 @@ def test_prediction_table() -> None:
         assert "| " + " | ".join(cells) + " |" in README
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_lifebench_tables(kind: str) -> None:
+def test_lifebench_table() -> None:
     metrics = report("lifebench")
-    table = README[README.index(f"\n{KINDS[kind]}\n") :].split("\n\n")[1]
     for mode, name in MODES.items():
-        row = metrics[mode][kind]
-        if "same_as" in row:
-            assert metrics[row["same_as"]][kind]["ls"] == row["ls"]
-            continue
+        row = metrics[mode]["equal_to"]
         assert all(figures["n"] >= 100 for figures in row["by_target"].values())
         cells = [
             name,
@@ -64,7 +62,7 @@ def test_lifebench_tables(kind: str) -> None:
             f"{100 * row['forced_stop_rate']:.1f} %",
             f"{100 * row['finished_rate']:.0f} %",
         ]
-        assert "| " + " | ".join(cells) + " |" in table
+        assert "| " + " | ".join(cells) + " |" in README
 
 
 def test_what_the_readme_says_of_the_comparisons() -> None:
@@ -79,13 +77,16 @@ def test_what_the_readme_says_of_the_comparisons() -> None:
     assert comparisons["posterior_minus_eos_gate"]["ls"][2] < 0  # "does not beat the best gate"
     gate, ours, paper = (metrics[mode]["equal_to"] for mode in ("eos_gate", "posterior", "paper_value"))
     assert f"scores {gate['ls']:.0f} against {ours['ls']:.0f}" in README
-    assert round(gate["kl_per_sequence"] / ours["kl_per_sequence"]) == 4  # "at four times the text cost"
-    assert 0.4 < gate["forced_stop_rate"] < 0.6  # "with half of its stops forced"
-    assert 80 < paper["kl_per_sequence"] / ours["kl_per_sequence"] < 120  # "at a hundredth of its text cost"
+    assert round(gate["kl_per_sequence"] / ours["kl_per_sequence"]) == 3  # "at three times the text cost"
+    assert gate["forced_stop_rate"] == pytest.approx(2 / 3, abs=0.04)  # "with two thirds of its stops forced"
+    assert paper["kl_per_sequence"] / ours["kl_per_sequence"] > 100  # "at less than a hundredth of its text cost"
+    # What falls short, as the page says.
+    assert ours["by_target"]["1024"]["kl_per_sequence"] > 8
+    assert ours["forced_stop_rate"] > 0.05
     for kind in KINDS:
         equal = metrics["gate_front"][kind]["equal_cost"]
         assert equal["kl_per_sequence"] == pytest.approx(metrics["posterior"][kind]["kl_per_sequence"], rel=1e-4)
         row = f"| gate on EOS, at posterior's text cost | {equal['ls']:.1f} | {equal['kl_per_sequence']:.1f} |"
-        assert row in README
+        assert kind != "equal_to" or row in README
         assert said(equal["posterior_minus_gate"]) in README
         assert equal["posterior_minus_gate"][1] > 0  # "beats the gate on all three"
