@@ -24,11 +24,24 @@ from lenvm_service.logs import configure_logging, fields
 from lenvm_service.settings import Settings, model_spec
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from lenvm_service.api.ports import EngineLike
     from lenvm_service.api.service import Service
     from lenvm_service.metrics import Metrics
 
-__all__ = ["Drain", "EngineLoader", "HttpProtocol", "Server", "bind", "find_models", "serve"]
+__all__ = [
+    "Drain",
+    "EngineLoader",
+    "HttpProtocol",
+    "Server",
+    "assemble",
+    "bind",
+    "close_engines",
+    "find_models",
+    "serve",
+    "share_interpreter",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -266,8 +279,7 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
     from lenvm_service.cli._output import one_line, print_error
 
     configure_logging(settings.log_format, settings.log_level)
-    # The event loop shares the interpreter with the engines: by default it may wait 5 ms for its turn.
-    sys.setswitchinterval(_SWITCH_S)
+    share_interpreter()
     # The port first: importing torch and looking at models takes seconds, and a taken port is known at once.
     try:
         with bind(settings.host, settings.port) as listener:
@@ -280,7 +292,11 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
     return 0
 
 
-def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
+def assemble(settings: Settings, *, load: EngineLoader | None = None) -> FastAPI:
+    """The application and its engines, which are not started yet: ``app.state.service.engines``.
+
+    Raises LenVMError for models that cannot be found and devices that are not there.
+    """
     folders = find_models(settings.model)
     if load is None:
         from lenvm.export import backend_of
@@ -298,7 +314,17 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
         _quiet_transformers()
     metrics = Metrics()
     engines = {name: load(name, folder, settings, metrics) for name, folder in folders.items()}
-    app = create_app(engines, settings, metrics)
+    return create_app(engines, settings, metrics)
+
+
+def share_interpreter() -> None:
+    """The event loop shares the interpreter with the engines: by default it may wait 5 ms for its turn."""
+    sys.setswitchinterval(_SWITCH_S)
+
+
+def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
+    app = assemble(settings, load=load)
+    engines: Mapping[str, EngineLike] = app.state.service.engines
     config = uvicorn.Config(
         app,
         http=type("HttpProtocol", (HttpProtocol,), {"read_timeout_s": settings.read_timeout_s}),
@@ -321,7 +347,7 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
             engine.start()
         server.run(sockets=[listener])
     finally:
-        _close(engines)
+        close_engines(engines)
     logger.info("stopped")
     return server.failure
 
@@ -340,7 +366,7 @@ def _url(host: str, listener: socket.socket) -> str:
     return f"http://{shown}:{listener.getsockname()[1]}"
 
 
-def _close(engines: Mapping[str, EngineLike]) -> None:
+def close_engines(engines: Mapping[str, EngineLike]) -> None:
     """End the engines; one that is still loading cannot be told to stop, and its thread must not hold us up."""
     for engine in engines.values():
         if engine.state != "loading":
