@@ -9,7 +9,8 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -37,7 +38,7 @@ __all__ = [
     "Server",
     "assemble",
     "bind",
-    "close_engines",
+    "close",
     "find_models",
     "serve",
     "share_interpreter",
@@ -306,15 +307,17 @@ def assemble(settings: Settings, *, load: EngineLoader | None = None) -> FastAPI
             check_device(settings.device)
     from lenvm_service.api import create_app
     from lenvm_service.metrics import Metrics
+    from lenvm_service.tracing import make_tracing
 
+    tracing = make_tracing(settings)
     if load is None:
         from lenvm_service.engine import Engine
 
-        load = Engine.load
+        load = partial(Engine.load, tracing=tracing)
         _quiet_transformers()
     metrics = Metrics()
     engines = {name: load(name, folder, settings, metrics) for name, folder in folders.items()}
-    return create_app(engines, settings, metrics)
+    return create_app(engines, settings, metrics, tracing)
 
 
 def share_interpreter() -> None:
@@ -324,7 +327,7 @@ def share_interpreter() -> None:
 
 def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
     app = assemble(settings, load=load)
-    engines: Mapping[str, EngineLike] = app.state.service.engines
+    engines: dict[str, EngineLike] = app.state.service.engines
     config = uvicorn.Config(
         app,
         http=type("HttpProtocol", (HttpProtocol,), {"read_timeout_s": settings.read_timeout_s}),
@@ -347,7 +350,7 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
             engine.start()
         server.run(sockets=[listener])
     finally:
-        close_engines(engines)
+        close(app)
     logger.info("stopped")
     return server.failure
 
@@ -366,8 +369,11 @@ def _url(host: str, listener: socket.socket) -> str:
     return f"http://{shown}:{listener.getsockname()[1]}"
 
 
-def close_engines(engines: Mapping[str, EngineLike]) -> None:
+def close(app: FastAPI) -> None:
     """End the engines; one that is still loading cannot be told to stop, and its thread must not hold us up."""
-    for engine in engines.values():
+    service: Service = app.state.service
+    for engine in service.engines.values():
         if engine.state != "loading":
             engine.close()
+    if service.tracing is not None:
+        service.tracing.close()

@@ -23,6 +23,7 @@ from tests.support.redis_server import free_port
 __all__ = ["CONFIG", "RayCluster", "serve_config"]
 
 ROOT = Path(__file__).resolve().parents[2]
+_MARK = "LENVM_TEST_RAY"
 CONFIG = ROOT / "deploy" / "ray" / "serve.yaml"
 
 
@@ -42,10 +43,13 @@ def serve_config(port: int, args: Mapping[str, Any], **deployment: Any) -> dict[
 class RayCluster:
     """``ray start --head``, then ``serve run`` of configs.
 
-    ``environment``: of the node, and so of all its processes.
+    ``environment``: of the node, and so of all its processes. ``haproxy``: in front of the replicas, where otherwise
+    Serve's own proxy stands.
     """
 
-    def __init__(self, folder: Path, *, cpus: int = 2, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, cpus: int = 2, environment: Mapping[str, str] | None = None, haproxy: bool = False
+    ) -> None:
         self.folder = folder
         # Paths of Unix sockets are short: Ray's own folder cannot lie deep.
         self.temporary = Path(tempfile.mkdtemp(prefix="ray-"))
@@ -55,8 +59,13 @@ class RayCluster:
             "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("models", "service", "clients")),
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "lenvm_service.ray_serve:proxy_middlewares",
             "RAY_USAGE_STATS_ENABLED": "0",
+            _MARK: str(self.temporary),
             **(environment or {}),
         }
+        if haproxy:
+            ports = {name: str(free_port()) for name in ("METRICS", "STATS")}
+            self.environment |= {f"RAY_SERVE_HAPROXY_{name}_PORT": port for name, port in ports.items()}
+            self.environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
         self.log = folder / "ray.log"
         self.node = self._run(
             *("ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
@@ -119,6 +128,7 @@ class RayCluster:
         """End every process of the node, and remove what Ray left."""
         ours = [psutil.Process(self.node.pid)] if self.node.poll() is None else []
         ours += [child for process in ours for child in process.children(recursive=True)]
+        ours += [process for process in psutil.process_iter() if self._is_ours(process) and process not in ours]
         self.node.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(ours, timeout=5)
         for process in alive:
@@ -127,6 +137,13 @@ class RayCluster:
         psutil.wait_procs(alive, timeout=10)
         self.node.wait(10)
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        """HAProxy replaces itself, and is nobody's child then."""
+        try:
+            return process.environ().get(_MARK) == str(self.temporary)
+        except psutil.Error:
+            return False
 
 
 def _answers(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -92,8 +93,10 @@ class RequestMiddleware:
                 message = {**message, "headers": [*message.get("headers", ()), *self._headers(context, route)]}
             await send(message)
 
+        tracing = self.service.tracing if scope["method"] == "POST" else None  # probes and scrapes would drown the rest
         try:
-            await self._serve(scope, receive, send_with_headers, context, task)
+            with contextlib.nullcontext() if tracing is None else tracing.request(scope, route, context):
+                await self._serve(scope, receive, send_with_headers, context, task)
         finally:
             self.service.requests.discard(task)
             self.service.metrics.inflight.dec()

@@ -36,7 +36,7 @@ class LenVM:
         """Load the models, and give Serve the application. Raises why a model cannot be loaded: Serve shows that as
         the status of the deployment, and tries again."""
         from lenvm_service.logs import configure_logging
-        from lenvm_service.server import assemble, close_engines, share_interpreter
+        from lenvm_service.server import assemble, close, share_interpreter
 
         configure_logging(self._settings.log_format, self._settings.log_level)
         share_interpreter()
@@ -52,7 +52,7 @@ class LenVM:
                         raise RuntimeError(f"model {name} cannot be loaded: {engine.failure}") from engine.failure
                 await asyncio.sleep(_POLL_S)
         except BaseException:
-            close_engines(engines)
+            close(app)
             raise
         bridge = MetricsBridge(service.metrics.registry)
         bridge.start()
@@ -62,7 +62,7 @@ class LenVM:
             yield
             await drained(service, self._settings.drain_timeout_s)
             bridge.close()
-            await asyncio.to_thread(close_engines, engines)  # what waits for Redis is written, for some seconds
+            await asyncio.to_thread(close, app)  # what waits for Redis is written, for some seconds
 
         app.router.lifespan_context = lifespan
         self._service = service
