@@ -17,12 +17,13 @@ from lenvm.errors import InvalidRequestError
 from lenvm_client import AsyncClient, NotReadyError
 from lenvm_service.api import create_app
 from lenvm_service.metrics import Metrics
-from lenvm_service.ray_serve import build
+from lenvm_service.ray_serve import build, proxy_middlewares
 from lenvm_service.ray_serve.proxy import LostReplicaMiddleware
 from lenvm_service.ray_serve.replica import drained
 from lenvm_service.settings import Settings
 from tests.support.fake_engine import FakeEngine
 
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "ray.md"
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 
@@ -49,6 +50,18 @@ def test_the_config_holds_options_of_the_service_and_leaves_time_to_drain() -> N
     # The proxy holds back what is beyond this: the replica's own admission must come first.
     assert deployment["max_ongoing_requests"] > deployment["autoscaling_config"]["target_ongoing_requests"]
     assert application["import_path"] == f"{build.__module__}:{build.__name__}"
+
+
+def test_the_documented_names_are_those_of_the_code() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    (middlewares,) = re.findall(r"IMPORT_PATH=(\S+)", text)
+    assert middlewares == f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}"
+    assert [made.cls for made in proxy_middlewares()] == [LostReplicaMiddleware]
+    for path in re.findall(r"\b((?:deploy|benchmarks)/\S+?\.(?:yaml|py))", text):
+        assert (DEPLOY.parent / path).is_file(), path
+    variables = set(re.findall(r"\bLENVM_([A-Z_]+)", text))
+    assert variables == {"SECRET", "REDIS_URL"}
+    assert {name.lower() for name in variables} <= Settings.model_fields.keys()
 
 
 async def _dies(scope: Scope, receive: Receive, send: Send) -> None:
