@@ -126,24 +126,39 @@ class RayCluster:
 
     def close(self) -> None:
         """End every process of the node, and remove what Ray left."""
-        ours = [psutil.Process(self.node.pid)] if self.node.poll() is None else []
-        ours += [child for process in ours for child in process.children(recursive=True)]
-        ours += [process for process in psutil.process_iter() if self._is_ours(process) and process not in ours]
+        ours = self._processes()
         self.node.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(ours, timeout=5)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=10)
+        # HAProxy is started anew when a replica ends: what came meanwhile counts too.
+        while alive := [*alive, *self._processes()]:
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            _, alive = psutil.wait_procs(alive, timeout=1)
         self.node.wait(10)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
+    def _processes(self) -> list[psutil.Process]:
+        """All of the node that run: its children, and orphans that have its mark."""
+        found = set[psutil.Process]()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            node = psutil.Process(self.node.pid)
+            found = {node, *node.children(recursive=True)}
+        found |= {process for process in psutil.process_iter() if self._is_ours(process)}
+        return [process for process in found if not _is_zombie(process)]
+
     def _is_ours(self, process: psutil.Process) -> bool:
-        """HAProxy replaces itself, and is nobody's child then."""
         try:
             return process.environ().get(_MARK) == str(self.temporary)
         except psutil.Error:
             return False
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _answers(url: str) -> bool:
