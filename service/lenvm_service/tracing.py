@@ -83,7 +83,8 @@ class Tracing:
 
     def span(self, name: str, **attributes: Any) -> AbstractContextManager[Any]:
         """A span around a block, below the one that is current."""
-        return self._tracer.start_as_current_span(name, attributes=attributes)
+        current: AbstractContextManager[Any] = self._tracer.start_as_current_span(name, attributes=attributes)
+        return current
 
     @contextmanager
     def request(self, scope: Any, route: str, context: RequestContext) -> Iterator[None]:

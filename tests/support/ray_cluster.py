@@ -72,6 +72,7 @@ class RayCluster:
             *("--node-ip-address", "127.0.0.1", "--port", str(self.port), "--num-cpus", str(cpus), "--num-gpus", "0"),
             *("--metrics-export-port", str(self.metrics_port), "--object-store-memory", str(100 << 20)),
             *("--include-dashboard", "false", "--temp-dir", str(self.temporary)),
+            *("--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())),
         )
         self.address = f"127.0.0.1:{self.port}"
 
