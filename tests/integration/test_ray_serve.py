@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+import yaml
 
 from lenvm_client import AsyncClient, Client, PredictInput, Prediction
 from tests.support.client_contract import (  # noqa: F401 - the tests
@@ -22,7 +26,8 @@ from tests.support.client_contract import (  # noqa: F401 - the tests
     test_rows_batches_and_feedback,
     test_several_models_in_one_call,
 )
-from tests.support.ray_cluster import RayCluster, serve_config
+from tests.support.deploy_tools import find_tool
+from tests.support.ray_cluster import ROOT, RayCluster, serve_config
 from tests.support.redis_server import RedisServer, free_port
 
 # Fractions of a core: the machine may have two, and a replica that takes another's place overlaps with it.
@@ -89,6 +94,43 @@ def test_every_replica_says_what_it_measures(served: Served) -> None:
     samples = served.cluster.samples("ray_lenvm_engine_ready")
     assert {(one["application"], one["deployment"], one["model"]) for one, _ in samples} == {("lenvm", "LenVM", "tiny")}
     assert len({one["replica"] for one, _ in samples}) == 2
+
+
+def test_prometheus_finds_every_replica_under_our_own_names(
+    served: Served, tmp_path: Path, real_parts_required: bool
+) -> None:
+    config = yaml.safe_load((ROOT / "deploy" / "ray" / "prometheus.yaml").read_text(encoding="utf-8"))
+    (job,) = config["scrape_configs"]
+    # Ray writes such a file where its dashboard runs.
+    (listed,) = job["file_sd_configs"]
+    listed["files"] = [str(tmp_path / Path(listed["files"][0]).name)]
+    target = f"127.0.0.1:{served.cluster.metrics_port}"
+    Path(listed["files"][0]).write_text(json.dumps([{"labels": {"job": "ray"}, "targets": [target]}]))
+    config["global"] = {"scrape_interval": "1s"}
+    config["rule_files"] = []
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    url = f"127.0.0.1:{free_port()}"
+    command = [find_tool("prometheus", required=real_parts_required), f"--config.file={tmp_path / 'prometheus.yaml'}"]
+    command += [f"--storage.tsdb.path={tmp_path / 'data'}", f"--web.listen-address={url}"]
+    with (tmp_path / "log").open("wb") as log:
+        prometheus = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def found() -> list[dict[str, str]]:
+        query = {"query": 'lenvm_engine_ready{job="lenvm"} == 1'}
+        try:
+            answer = httpx2.get(f"http://{url}/api/v1/query", params=query, timeout=10).raise_for_status()
+        except httpx2.HTTPError:
+            return []
+        return [one["metric"] for one in answer.json()["data"]["result"]]
+
+    try:
+        served.cluster.wait(lambda: len(found()) == 2, "Prometheus has both replicas")
+        names = {"__name__", "application", "deployment", "instance", "job", "model", "replica"}
+        assert [set(one) for one in found()] == [names, names]
+        assert {one["instance"] for one in found()} == served.ready()
+    finally:
+        prometheus.kill()
+        prometheus.wait()
 
 
 def test_a_session_goes_on_at_any_replica(served: Served) -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from tests.support.redis_server import free_port
 
-__all__ = ["CONFIG", "RayCluster", "serve_config"]
+__all__ = ["CONFIG", "ROOT", "RayCluster", "serve_config"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = "LENVM_TEST_RAY"
@@ -73,6 +73,7 @@ class RayCluster:
             *("--metrics-export-port", str(self.metrics_port), "--object-store-memory", str(100 << 20)),
             *("--include-dashboard", "false", "--temp-dir", str(self.temporary)),
             *("--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())),
+            *("--min-worker-port", "0", "--max-worker-port", "0"),  # any: the others may lie in their usual range
         )
         self.address = f"127.0.0.1:{self.port}"
 
