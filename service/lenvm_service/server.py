@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import h11
 import uvicorn
@@ -25,21 +25,20 @@ from lenvm_service.logs import configure_logging, fields
 from lenvm_service.settings import Settings, model_spec
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from lenvm_service.api.ports import EngineLike
     from lenvm_service.api.service import Service
     from lenvm_service.metrics import Metrics
+    from lenvm_service.tracing import Tracing
 
 __all__ = [
     "Drain",
     "EngineLoader",
     "HttpProtocol",
+    "Parts",
     "Server",
-    "assemble",
     "bind",
-    "close",
     "find_models",
+    "make_parts",
     "serve",
     "share_interpreter",
 ]
@@ -293,8 +292,27 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
     return 0
 
 
-def assemble(settings: Settings, *, load: EngineLoader | None = None) -> FastAPI:
-    """The application and its engines, which are not started yet: ``app.state.service.engines``.
+class Parts(NamedTuple):
+    """What a process serves with: engines by name, the default model first, not started yet; their checkpoints;
+    metrics; and traces, if there are any."""
+
+    engines: dict[str, EngineLike]
+    folders: dict[str, Path]
+    metrics: Metrics
+    tracing: Tracing | None
+
+    def close(self) -> None:
+        """End the engines, but for one that is still loading: it cannot be told to stop, and its thread must not hold
+        us up."""
+        for engine in self.engines.values():
+            if engine.state != "loading":
+                engine.close()
+        if self.tracing is not None:
+            self.tracing.close()
+
+
+def make_parts(settings: Settings, *, load: EngineLoader | None = None) -> Parts:
+    """The parts that the settings name; ``load``: see ``serve``.
 
     Raises LenVMError for models that cannot be found and devices that are not there.
     """
@@ -305,7 +323,6 @@ def assemble(settings: Settings, *, load: EngineLoader | None = None) -> FastAPI
 
         if "torch" in [backend_of(folder, settings.backend) for folder in folders.values()]:
             check_device(settings.device)
-    from lenvm_service.api import create_app
     from lenvm_service.metrics import Metrics
     from lenvm_service.tracing import make_tracing
 
@@ -317,7 +334,7 @@ def assemble(settings: Settings, *, load: EngineLoader | None = None) -> FastAPI
         _quiet_transformers()
     metrics = Metrics()
     engines = {name: load(name, folder, settings, metrics) for name, folder in folders.items()}
-    return create_app(engines, settings, metrics, tracing)
+    return Parts(engines, folders, metrics, tracing)
 
 
 def share_interpreter() -> None:
@@ -326,8 +343,11 @@ def share_interpreter() -> None:
 
 
 def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
-    app = assemble(settings, load=load)
-    engines: dict[str, EngineLike] = app.state.service.engines
+    parts = make_parts(settings, load=load)
+    from lenvm_service.api import create_app
+
+    engines = parts.engines
+    app = create_app(engines, settings, parts.metrics, parts.tracing)
     config = uvicorn.Config(
         app,
         http=type("HttpProtocol", (HttpProtocol,), {"read_timeout_s": settings.read_timeout_s}),
@@ -350,7 +370,7 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
             engine.start()
         server.run(sockets=[listener])
     finally:
-        close(app)
+        parts.close()
     logger.info("stopped")
     return server.failure
 
@@ -367,13 +387,3 @@ def _quiet_transformers() -> None:
 def _url(host: str, listener: socket.socket) -> str:
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
-
-
-def close(app: FastAPI) -> None:
-    """End the engines; one that is still loading cannot be told to stop, and its thread must not hold us up."""
-    service: Service = app.state.service
-    for engine in service.engines.values():
-        if engine.state != "loading":
-            engine.close()
-    if service.tracing is not None:
-        service.tracing.close()

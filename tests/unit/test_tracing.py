@@ -15,11 +15,11 @@ from lenvm_service.tracing import make_tracing, traced
 
 CODE = """
 import sys
-from lenvm_service.server import assemble
+from lenvm_service.server import make_parts
 from lenvm_service.settings import Settings
 from tests.support.fake_engine import FakeEngine
-app = assemble(Settings(model=["tiny=" + sys.argv[1]]), load=lambda name, *_: FakeEngine(name))
-assert app.state.service.tracing is None
+parts = make_parts(Settings(model=["tiny=" + sys.argv[1]]), load=lambda name, *_: FakeEngine(name))
+assert parts.tracing is None
 print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter"))])
 """
 

@@ -35,14 +35,14 @@ class LenVM:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Load the models, and give Serve the application. Raises why a model cannot be loaded: Serve shows that as
         the status of the deployment, and tries again."""
+        from lenvm_service.api import create_app
         from lenvm_service.logs import configure_logging
-        from lenvm_service.server import assemble, close, share_interpreter
+        from lenvm_service.server import make_parts, share_interpreter
 
         configure_logging(self._settings.log_format, self._settings.log_level)
         share_interpreter()
-        app = assemble(self._settings)
-        service: Service = app.state.service
-        engines = service.engines
+        parts = make_parts(self._settings)
+        engines = parts.engines
         for engine in engines.values():
             engine.start()
         try:
@@ -52,9 +52,11 @@ class LenVM:
                         raise RuntimeError(f"model {name} cannot be loaded: {engine.failure}") from engine.failure
                 await asyncio.sleep(_POLL_S)
         except BaseException:
-            close(app)
+            parts.close()
             raise
-        bridge = MetricsBridge(service.metrics.registry)
+        app = create_app(engines, self._settings, parts.metrics, parts.tracing)
+        service: Service = app.state.service
+        bridge = MetricsBridge(parts.metrics.registry)
         bridge.start()
 
         @contextlib.asynccontextmanager
@@ -62,7 +64,7 @@ class LenVM:
             yield
             await drained(service, self._settings.drain_timeout_s)
             bridge.close()
-            await asyncio.to_thread(close, app)  # what waits for Redis is written, for some seconds
+            await asyncio.to_thread(parts.close)  # what waits for Redis is written, for some seconds
 
         app.router.lifespan_context = lifespan
         self._service = service
