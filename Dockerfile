@@ -15,7 +15,7 @@ COPY pyproject.toml constraints.txt deploy/requirements.py ./
 # torch as the registry has it for Linux brings CUDA's libraries along; the driver is the host's.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/lenvm \
-    && python requirements.py "$EXTRA" > requirements.txt \
+    && python requirements.py "$EXTRA" otel > requirements.txt \
     && pip install --compile -c constraints.txt -r requirements.txt
 
 # -- the wheel ----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt models/lenvm/_version.py
 	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
 	  || { echo "error: no venv module: install it first (on Debian: apt-get install python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs,export,train,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs,export,train,ray,otel,dev]'
 	@touch $@
 
 pull: install

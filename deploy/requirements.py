@@ -1,4 +1,4 @@
-"""``python deploy/requirements.py EXTRA``: what the project needs with an extra, one a line, for pip's ``-r``.
+"""``python deploy/requirements.py EXTRA ...``: what the project needs with extras, one a line, for pip's ``-r``.
 
 Read from ``pyproject.toml`` in the current folder, so that an image can install it before the sources are there.
 """
@@ -14,10 +14,10 @@ from typing import Any
 _OURS = re.compile(r"lenvm\[([a-z, -]+)\]")
 
 
-def requirements(project: dict[str, Any], extra: str) -> list[str]:
-    """Those of the base and of an extra, with the extras that it names. Raises KeyError for no extra."""
+def requirements(project: dict[str, Any], extras: list[str]) -> list[str]:
+    """Those of the base and of extras, with the extras that they name. Raises KeyError for no extra."""
     found = list(project["dependencies"])
-    waiting, seen = [extra], set()
+    waiting, seen = list(extras), set()
     while waiting:
         name = waiting.pop()
         if name in seen:
@@ -35,7 +35,7 @@ def requirements(project: dict[str, Any], extra: str) -> list[str]:
 def main() -> int:
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     try:
-        lines = requirements(project, sys.argv[1])
+        lines = requirements(project, [sys.argv[1], *sys.argv[2:]])
     except (IndexError, KeyError):
         print(f"error: name an extra: {', '.join(project['optional-dependencies'])}", file=sys.stderr)
         return 2

@@ -12,6 +12,8 @@ import pytest
 # Read by libraries when they are imported, which the fixtures below do late.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest.register_assert_rewrite("tests.support.client_contract")
+
 TESTS = Path(__file__).resolve().parent
 KINDS = ("unit", "integration", "e2e")
 

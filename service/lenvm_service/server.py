@@ -11,9 +11,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import h11
 import uvicorn
@@ -31,18 +32,22 @@ if TYPE_CHECKING:
     from lenvm_service.api.service import Service
     from lenvm_service.engine import Engine
     from lenvm_service.metrics import Metrics
+    from lenvm_service.tracing import Tracing
 
 __all__ = [
     "Drain",
     "EngineLoader",
     "HttpProtocol",
+    "Parts",
     "Server",
     "bind",
     "find_models",
     "http_config",
     "loading_problem",
+    "make_parts",
     "serve",
     "settle_garbage",
+    "share_interpreter",
 ]
 
 logger = logging.getLogger(__name__)
@@ -298,8 +303,7 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
     from lenvm_service.cli._output import one_line, print_error
 
     configure_logging(settings.log_format, settings.log_level)
-    # The event loop shares the interpreter with the engines: by default it may wait 5 ms for its turn.
-    sys.setswitchinterval(_SWITCH_S)
+    share_interpreter()
     # The port first: importing torch and looking at models takes seconds, and a taken port is known at once.
     try:
         with bind(settings.host, settings.port) as listener:
@@ -312,7 +316,30 @@ def serve(settings: Settings, *, load: EngineLoader | None = None) -> int:
     return 0
 
 
-def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
+class Parts(NamedTuple):
+    """What a process serves with: engines by name, the default model first, not started yet; their checkpoints;
+    metrics; and traces, if there are any."""
+
+    engines: dict[str, EngineLike]
+    folders: dict[str, Path]
+    metrics: Metrics
+    tracing: Tracing | None
+
+    def close(self) -> None:
+        """End the engines, but for one that is still loading: it cannot be told to stop, and its thread must not hold
+        us up."""
+        for engine in self.engines.values():
+            if engine.state != "loading":
+                engine.close()
+        if self.tracing is not None:
+            self.tracing.close()
+
+
+def make_parts(settings: Settings, *, load: EngineLoader | None = None) -> Parts:
+    """The parts that the settings name; ``load``: see ``serve``.
+
+    Raises LenVMError for models that cannot be found and devices that are not there.
+    """
     folders = find_models(settings.model)
     if load is None:
         from lenvm.export import backend_of
@@ -320,16 +347,30 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
 
         if "torch" in [backend_of(folder, settings.backend) for folder in folders.values()]:
             check_device(settings.device)
-    from lenvm_service.api import create_app
     from lenvm_service.metrics import Metrics
+    from lenvm_service.tracing import make_tracing
 
+    tracing = make_tracing(settings)
     if load is None:
         from lenvm_service.engine import Engine
 
-        load = Engine.load
+        load = partial(Engine.load, tracing=tracing)
         _quiet_transformers()
     metrics = Metrics()
     engines = {name: load(name, folder, settings, metrics) for name, folder in folders.items()}
+    return Parts(engines, folders, metrics, tracing)
+
+
+def share_interpreter() -> None:
+    """The event loop shares the interpreter with the engines: by default it may wait 5 ms for its turn."""
+    sys.setswitchinterval(_SWITCH_S)
+
+
+def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | None) -> str | None:
+    parts = make_parts(settings, load=load)
+    from lenvm_service.api import create_app
+
+    engines = parts.engines
     url, thresholds = _url(settings.host, listener), gc.get_threshold()
     logger.info("listening; models load in the background", extra=fields(url=url, models=",".join(engines)))
     try:
@@ -339,16 +380,16 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
             from lenvm_service.workers.host import WorkerHost
 
             real = cast("Mapping[str, Engine]", engines)  # a fake one has no tokenizer that workers could read
-            failure = WorkerHost(settings, listener, url, real, folders, metrics).run()
+            failure = WorkerHost(settings, listener, url, real, parts.folders, parts.metrics).run()
         else:
-            app = create_app(engines, settings, metrics)
+            app = create_app(engines, settings, parts.metrics, parts.tracing)
             server = Server(http_config(app, settings), app.state.service, url)
             server.run(sockets=[listener])
             failure = server.failure
     finally:
         gc.unfreeze()  # libraries clean up behind themselves on the way out
         gc.set_threshold(*thresholds)
-        _close(engines)
+        parts.close()
     logger.info("stopped")
     return failure
 
@@ -383,10 +424,3 @@ def _quiet_transformers() -> None:
 def _url(host: str, listener: socket.socket) -> str:
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
-
-
-def _close(engines: Mapping[str, EngineLike]) -> None:
-    """End the engines; one that is still loading cannot be told to stop, and its thread must not hold us up."""
-    for engine in engines.values():
-        if engine.state != "loading":
-            engine.close()

@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     redis_queue_bytes: int = Field(default=256 << 20, ge=0)
     redis_tenant_bytes: int | None = Field(default=None, ge=1)
     redis_payload: Literal["exact", "int8"] = "exact"
+    otel_endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
 
     @field_validator("model", mode="before")
     @classmethod

@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from lenvm import __version__
@@ -282,6 +284,15 @@ def test_requests_are_counted_by_route_and_error(client: TestClient, metrics: Me
         assert f'route="{route}"' in text
     assert metrics.registry.get_sample_value("lenvm_requests_in_flight") == 0.0
     assert "secret" not in text
+
+
+def test_an_application_below_a_prefix_knows_its_routes(engine: FakeEngine, metrics: Metrics) -> None:
+    app = create_app({"fake": engine}, Settings(), metrics)
+    client = TestClient(Starlette(routes=[Mount("/models/fake", app)]))
+    answer = client.post("/models/fake/predict_length", json={"prompt": "a"})
+    assert (answer.status_code, answer.headers["x-queue-ms"]) == (200, "1.500")
+    labels = {"route": "/predict_length", "status": "200", "error_type": "none"}
+    assert metrics.registry.get_sample_value("lenvm_requests_total", labels) == 1.0
 
 
 def test_the_examples_of_the_document_are_true(client: TestClient) -> None:

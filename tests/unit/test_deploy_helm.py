@@ -342,3 +342,15 @@ def test_monitoring_is_what_compose_has(helm: Helm) -> None:
 def test_the_chart_is_of_this_release() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == __version__
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("http://collector:4318", 4318), ("http://10.0.0.7", 80), ("https://traces.example.com/otlp", 443)],
+)
+def test_the_network_policy_lets_traces_out(endpoint: str, port: int, helm: Helm) -> None:
+    def ports(values: Mapping[str, Any]) -> list[int]:
+        egress = helm(values)["NetworkPolicy"]["spec"]["egress"]
+        return [one["port"] for rule in egress for one in rule["ports"]]
+
+    assert sorted(ports(merged(FULL, nested("settings.otel_endpoint", endpoint)))) == sorted([*ports(FULL), port])

@@ -107,12 +107,13 @@ def build_inputs() -> list[str]:
 
 @pytest.mark.parametrize("extra", ["serve", "onnx"])
 def test_requirements_of_an_image(extra: str) -> None:
-    command = [sys.executable, "deploy/requirements.py", extra]
+    (others,) = re.findall(r'requirements\.py "\$EXTRA" (.+) >', DOCKERFILE)
+    command = [sys.executable, "deploy/requirements.py", extra, *others.split()]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n")
     names = {canonicalize_name(Requirement(line).name) for line in lines if line}
     assert "lenvm" not in names
     assert {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]} < names
-    assert "fastapi" in names  # by way of another extra
+    assert {"fastapi", "opentelemetry-sdk"} < names  # by way of another extra, and for the chart's otel_endpoint
     assert ("torch" in names, "onnxruntime-gpu" in names) == ((extra == "serve"), (extra == "onnx"))
     wrong = subprocess.run([*command[:2], "none"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2

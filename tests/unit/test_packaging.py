@@ -90,7 +90,7 @@ def test_serving_an_export_takes_no_torch(project: dict[str, Any]) -> None:
 
 def test_every_optional_module_is_brought_by_its_extra(project: dict[str, Any]) -> None:
     extras = {extra: brought_by(extra, project) for extra in project["optional-dependencies"]}
-    other_names = {"onnxruntime": "onnxruntime-gpu"}
+    other_names = {"onnxruntime": "onnxruntime-gpu", "opentelemetry": "opentelemetry-api"}
     for module, extra in _extras._EXTRA_OF.items():
         assert canonicalize_name(other_names.get(module, module)) in extras[extra], module
 

@@ -14,11 +14,14 @@ from lenvm_service.api.ports import EngineLike, MetricsLike
 from lenvm_service.api.routes import router
 from lenvm_service.api.service import Service
 from lenvm_service.settings import Settings
+from lenvm_service.tracing import Tracing
 
 __all__ = ["create_app"]
 
 
-def create_app(engines: Mapping[str, EngineLike], settings: Settings, metrics: MetricsLike) -> FastAPI:
+def create_app(
+    engines: Mapping[str, EngineLike], settings: Settings, metrics: MetricsLike, tracing: Tracing | None = None
+) -> FastAPI:
     """The service over these engines; the first is the default model. Starting and closing them is the caller's.
 
     ``app.state.service`` is the shared state; ``draining`` on it makes the process refuse new work.
@@ -32,7 +35,7 @@ def create_app(engines: Mapping[str, EngineLike], settings: Settings, metrics: M
         redirect_slashes=False,  # a redirect would lose the body of a POST; a wrong path is a 404 that says so
     )
     app.include_router(router)
-    app.state.service = service = Service(engines, settings, metrics)
+    app.state.service = service = Service(engines, settings, metrics, tracing)
     install_error_handlers(app)
     install_openapi(app)
     paths = frozenset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -79,7 +80,8 @@ class RequestMiddleware:
             return
         context = RequestContext(accepted_request_id(scope))
         scope.setdefault("state", {})["context"] = context
-        route = scope["path"] if scope["path"] in self.routes else "unmatched"
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application that is mounted below others
+        route = path if path in self.routes else "unmatched"
         token = request_id_var.set(context.request_id)
         task = asyncio.current_task()
         assert task is not None
@@ -92,8 +94,10 @@ class RequestMiddleware:
                 message = {**message, "headers": [*message.get("headers", ()), *self._headers(context, route)]}
             await send(message)
 
+        tracing = self.service.tracing if scope["method"] == "POST" else None  # probes and scrapes would drown the rest
         try:
-            await self._serve(scope, receive, send_with_headers, context, task)
+            with contextlib.nullcontext() if tracing is None else tracing.request(scope, route, context):
+                await self._serve(scope, receive, send_with_headers, context, task, path)
         finally:
             self.service.requests.discard(task)
             self.service.metrics.inflight.dec()
@@ -101,10 +105,10 @@ class RequestMiddleware:
             request_id_var.reset(token)
 
     async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, context: RequestContext, task: asyncio.Task[object]
+        self, scope: Scope, receive: Receive, send: Send, context: RequestContext, task: asyncio.Task[object], path: str
     ) -> None:
         try:
-            if self.service.keys is not None and scope["path"] not in _OPEN:
+            if self.service.keys is not None and path not in _OPEN:
                 key = self.service.keys.check(scope["headers"])
                 context.tenant, context.key_id = key.tenant, key.id
             await self.app(scope, receive, send)

@@ -43,7 +43,7 @@ async def predict_one(
     service: Service = request.app.state.service
     deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
     with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
-        jobs = await service.offload(
+        jobs = await service.tokenized(
             size, lambda: rows.predict_jobs(call, engine.tokenizer, tenant, text_only=text_only)
         )
         return await model_answer(

@@ -74,7 +74,7 @@ async def score(request: Request) -> Response:
     engine = service.engine(call.options.model)
     deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
     with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
-        jobs = await service.offload(
+        jobs = await service.tokenized(
             len(body), lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates, tenant)
         )
         async with watched(request.receive) as gone:
@@ -105,7 +105,7 @@ async def tokenize(request: Request) -> Response:
     service, body = await _admitted(request)
     wanted = await service.offload(len(body), lambda: rows.check(ask.TokenizeRequest, parse_object(body)))
     engine = service.engine(wanted.model)
-    ids = await service.offload(len(body), lambda: rows.encode_text(wanted, engine.tokenizer))
+    ids = await service.tokenized(len(body), lambda: rows.encode_text(wanted, engine.tokenizer))
     request.state.context.model = engine.name
     return json_response({"model": engine.name, "token_ids": ids})
 

@@ -14,6 +14,7 @@ from lenvm_service.api.ports import EngineLike, MetricsLike
 from lenvm_service.errors import DrainingError, ModelNotFoundError, NotReadyError
 from lenvm_service.keys import KeyRing
 from lenvm_service.settings import Settings
+from lenvm_service.tracing import Tracing, traced
 
 __all__ = ["Service"]
 
@@ -26,10 +27,17 @@ _RETRY_S = 2.0
 class Service:
     """The process as its requests see it. ``requests`` are the tasks that serve one each; the loop's thread only."""
 
-    def __init__(self, engines: Mapping[str, EngineLike], settings: Settings, metrics: MetricsLike) -> None:
+    def __init__(
+        self,
+        engines: Mapping[str, EngineLike],
+        settings: Settings,
+        metrics: MetricsLike,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.engines = dict(engines)
         self.settings = settings
         self.metrics = metrics
+        self.tracing = tracing
         self.keys = None if settings.api_keys is None else KeyRing(settings.api_keys)
         self.created = int(time.time())
         self.draining = False
@@ -68,3 +76,8 @@ class Service:
         if size <= _INLINE_BYTES:
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._workers)
+
+    async def tokenized(self, size: int, work: Callable[[], T]) -> T:
+        """``offload``, of work that makes token ids of text."""
+        with traced(self.tracing, "tokenize"):
+            return await self.offload(size, work)

@@ -131,6 +131,14 @@ def command(
         str | None,
         typer.Option(help="exact, or int8: a quarter of the bytes, at a small error.", show_default="exact"),
     ] = None,
+    otel_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="OpenTelemetry collector for traces (OTLP over HTTP), http://HOST:4318; needs lenvm[otel].",
+            show_default="OTEL_EXPORTER_OTLP_ENDPOINT, else none",
+        ),
+    ] = None,
 ) -> None:
     """Serve predictions and scores over HTTP.
 

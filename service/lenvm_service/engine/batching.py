@@ -8,11 +8,13 @@ again. Nothing ends it but ``close``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from lenvm_service.engine.jobs import Job, Reply, Result
 from lenvm_service.engine.queueing import BatcherOptions, BatchObserver, Cost, Entry, Reservation, Ticket
@@ -23,6 +25,9 @@ from lenvm_service.errors import (
     OverloadedError,
     PayloadTooLargeError,
 )
+
+if TYPE_CHECKING:
+    from lenvm_service.tracing import Tracing
 
 __all__ = ["Batcher"]
 
@@ -59,6 +64,7 @@ class Batcher:
         finish: Callable[[], None] = lambda: None,
         relieve: Callable[[], None] = lambda: None,
         observer: BatchObserver | None = None,
+        tracing: Tracing | None = None,
         name: str = "engine",
     ) -> None:
         self.options = options or BatcherOptions()
@@ -67,7 +73,7 @@ class Batcher:
         self.failure: Exception | None = None
         self._run, self._cost, self._prepare, self._check = run, cost, prepare, check
         self._finish, self._relieve = finish, relieve
-        self._observer = observer
+        self._observer, self._tracing = observer, tracing
         self._condition = threading.Condition()
         self._queue: list[Entry] = []
         self._queued_tokens = 0
@@ -150,6 +156,8 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         ticket = Ticket([None] * len(jobs), loop, loop.create_future(), now, deadline, len(jobs))
+        if self._tracing is not None:
+            ticket.trace = self._tracing.here()
         if deadline is not None and deadline <= now:
             raise DeadlineExceededError("the deadline had passed when the request arrived: give it more time")
         self._enqueue(ticket, jobs, now + _PRIORITY_STEP_S * priority, reservation)
@@ -329,8 +337,14 @@ class Batcher:
         first = [ticket for ticket in tickets if ticket.started is None]
         for ticket in first:
             ticket.started = since
+        tokens = sum(entry.cost.tokens for entry in batch)
         try:
-            results = self._run([entry.job for entry in batch])
+            with (
+                contextlib.nullcontext()
+                if self._tracing is None
+                else self._tracing.batch(tickets, first, rows=len(batch), tokens=tokens)
+            ):
+                results = self._run([entry.job for entry in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} answers to {len(batch)} jobs")
         except BaseException as error:
@@ -339,7 +353,6 @@ class Batcher:
             return False
         self._grow_budget()
         seconds = time.monotonic() - since
-        tokens = sum(entry.cost.tokens for entry in batch)
         self._note_rate(tokens / max(seconds, 1e-6))
         self._batch_seconds += 0.2 * (seconds - self._batch_seconds)
         for ticket in tickets:

@@ -24,6 +24,7 @@ from lenvm_service.engine.prefixes import PrefixStore
 from lenvm_service.engine.sessions import SessionStore
 from lenvm_service.errors import OverloadedError
 from lenvm_service.prefix_cache import Chain, SessionRecord
+from lenvm_service.tracing import Tracing, traced
 
 __all__ = ["BatchCounts", "EngineCore", "model_sha"]
 
@@ -117,6 +118,7 @@ class EngineCore:
             sessions=sessions,
         )
         self.counts = BatchCounts()
+        self.tracing: Tracing | None = None
 
     @property
     def sessions(self) -> SessionStore:
@@ -249,7 +251,9 @@ class EngineCore:
                 del works[at]  # its state is the store's now, which may let it go for the next group
 
     def _score_group(self, works: dict[int, _Work], results: list[Result | None]) -> None:
-        scores = self.scorer.score([work.row for work in works.values()])
+        rows = [work.row for work in works.values()]
+        with traced(self.tracing, "forward", rows=len(rows)):
+            scores = self.scorer.score(rows)
         for work, score in zip(works.values(), scores, strict=True):
             work.score = score
         self._answer(works, results)

@@ -26,6 +26,7 @@ from lenvm_service.errors import PrefixUnknownError
 from lenvm_service.metrics import EngineMetrics
 from lenvm_service.prefix_cache import Codec
 from lenvm_service.prefix_cache.redis_tier import RedisTier, TierOptions
+from lenvm_service.tracing import Tracing, traced
 
 if TYPE_CHECKING:
     from lenvm_service.metrics import Metrics
@@ -59,12 +60,17 @@ class Engine:
     """
 
     def __init__(
-        self, name: str, source: str | Path, options: EngineOptions, metrics: EngineMetrics | None = None
+        self,
+        name: str,
+        source: str | Path,
+        options: EngineOptions,
+        metrics: EngineMetrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.name = name
         self.source = source
         self.options = options
-        self._metrics = metrics
+        self._metrics, self._tracing = metrics, tracing
         self._loaded: Loaded | None = None
         self.tier: RedisTier | None = None
         self._predicted: OrderedDict[str, _Predicted] = OrderedDict()
@@ -86,11 +92,14 @@ class Engine:
             finish=self._share,
             relieve=self._relieve,
             observer=metrics,
+            tracing=tracing,
             name=name,
         )
 
     @classmethod
-    def load(cls, name: str, source: str | Path, settings: Settings, metrics: Metrics) -> Engine:
+    def load(
+        cls, name: str, source: str | Path, settings: Settings, metrics: Metrics, tracing: Tracing | None = None
+    ) -> Engine:
         """An engine that is not started yet, from the service's settings."""
         secret = settings.secret.get_secret_value().encode() if settings.secret else None
         options = EngineOptions(
@@ -107,7 +116,7 @@ class Engine:
             secret=secret,
             tier=_tier_options(settings, secret),
         )
-        return cls(name, source, options, metrics.engine(name))
+        return cls(name, source, options, metrics.engine(name), tracing)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -234,7 +243,8 @@ class Engine:
         """Answer a request's jobs; see :meth:`Batcher.submit`."""
         asked, nbytes, tier = jobs, 0, self.tier
         if tier is not None and self.batcher.ready:
-            found = await ask_shared(self.core, tier, jobs, deadline)
+            with traced(self._tracing, "redis lookup"):
+                found = await ask_shared(self.core, tier, jobs, deadline)
             asked, nbytes = found.jobs, found.nbytes
             tier.took(nbytes)
         try:
@@ -302,6 +312,7 @@ class Engine:
         since = time.monotonic()
         with _LOADING:
             self._loaded = load_core(self.source, self.options, on_progress=lambda: self.batcher.beat())
+        self.core.tracing = self._tracing
         self._canary()
         if self.options.tier is not None:
             self.tier = self._start_tier(self.options.tier)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from lenvm_service.engine.jobs import Job, Result
 from lenvm_service.errors import ServiceError
@@ -67,6 +67,7 @@ class Ticket:
     inference_s: float = 0.0
     error: ServiceError | None = None
     gone: bool = False  # nobody waits any more
+    trace: Any = None  # of the request: see Tracing.here
 
     def end(self, error: ServiceError | None = None) -> None:
         """Wake whoever waits; called from the batcher's thread."""
