@@ -322,7 +322,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--targets", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--words", type=int, default=20, help="prompts with targets in words; 0 leaves them out")
     parser.add_argument("--most-words", type=int, default=400)
-    parser.add_argument("--second", type=int, nargs="?", const=48, default=0, help="answers of a second backbone (48)")
+    parser.add_argument("--second", type=int, nargs="?", const=24, default=0, help="answers of a second backbone (24)")
     parser.add_argument("--second-targets", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lenvm.backbones import cache_root
+from lenvm.backbones import cache_root, load_tokenizer
 from lenvm.evaluation.lifebench import length_score
-from lenvm.modeling import LengthValueModel
 from lenvm_client.drivers.hf import generate
 from lenvm_service.local import LocalScorer
 
@@ -41,8 +40,8 @@ def second(real_backbone_dir: Path, real_parts_required: bool) -> Iterator[Any]:
     del sys.modules["_second"]
 
 
-def answers(second: Any, scorer: LocalScorer, *, guided: bool, most: int = 30) -> tuple[list[list[int]], Any]:
-    """Content tokens of an answer to each question, and the report."""
+def answers(second: Any, scorer: LocalScorer, text: Any) -> tuple[list[list[int]], Any]:
+    """Content tokens of an answer to each question, and the report; guided where ``text`` is given."""
     prompts = [second.prompt(question) for question, _ in ASKED]
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
@@ -54,15 +53,15 @@ def answers(second: Any, scorer: LocalScorer, *, guided: bool, most: int = 30) -
         second.model,
         scorer,
         inputs,
-        objectives=[{"kind": "equal_to", "target": target} if guided else None for _, target in ASKED],
+        objectives=[{"kind": "equal_to", "target": target} if text else None for _, target in ASKED],
         temperature=0.7,
-        max_new_tokens=most,
+        max_new_tokens=28,
         seeds=range(1, 1 + len(ASKED)),
         eos_token_id=second.end_ids[0],
         stop_token_ids=second.end_ids[1:],
         pad_token_id=0,
         on_error="raise",
-        text=second.text(LengthValueModel.from_pretrained(NAME).tokenizer) if guided else None,
+        text=text,
     )
     rows = sequences[:, width:].tolist()
     ends = {0, *second.end_ids}
@@ -76,11 +75,11 @@ def test_the_fetched_backbone_speaks(second: Any) -> None:
     assert "Paris" in second.tokenizer.decode(out[0, prompt.shape[1] :])
 
 
-def test_targets_in_its_own_tokens(second: Any) -> None:
+def test_targets_in_its_own_tokens(second: Any, real_backbone_dir: Path) -> None:
     """Length scores above those of unguided answers, and the report says that they rest on an estimate."""
     scorer = LocalScorer(NAME)
-    guided, report = answers(second, scorer, guided=True)
-    unguided, plain = answers(second, scorer, guided=False)
+    guided, report = answers(second, scorer, second.text(load_tokenizer(real_backbone_dir)))
+    unguided, plain = answers(second, scorer, None)
     targets = [target for _, target in ASKED]
     means = [
         statistics.fmean(length_score(len(ids), target) for ids, target in zip(rows, targets, strict=True))
