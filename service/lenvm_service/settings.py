@@ -63,6 +63,7 @@ class Settings(BaseSettings):
     redis_queue_bytes: int = Field(default=256 << 20, ge=0)
     redis_tenant_bytes: int | None = Field(default=None, ge=1)
     redis_payload: Literal["exact", "int8"] = "exact"
+    ui: bool = False  # off: a page that generates is more to attack, and holds a generator beside the value model
 
     @field_validator("model", mode="before")
     @classmethod

@@ -123,6 +123,12 @@ def command(
         str | None,
         typer.Option(help="exact, or int8: a quarter of the bytes, at a small error.", show_default="exact"),
     ] = None,
+    ui: Annotated[
+        bool | None,
+        typer.Option(
+            "--ui/--no-ui", help="A playground for the browser at /ui (needs lenvm[ui]).", show_default="False"
+        ),
+    ] = None,
 ) -> None:
     """Serve predictions and scores over HTTP.
 
@@ -142,6 +148,8 @@ def command(
             settings = load_settings(**flags)
         except InvalidRequestError as error:
             raise typer.BadParameter(str(error)) from None
+        if settings.ui:
+            require("ui", "gradio")
         for text in settings.model:
             need_model(model_spec(text).source, settings.backend)
         status = serve(settings)
