@@ -18,8 +18,8 @@ def legend_html() -> str:
     return (
         '<p class="lv-note"><span class="lv-l" style="--a:.5">Orange</span>: the token made the rest longer. '
         '<span class="lv-s" style="--a:.5">Blue, dotted</span>: shorter. The stronger, the more; without colour: '
-        "hardly. A length shift is what the value changed in excess of the one token that was used up. Above each token "
-        "stands the remaining horizon after it, in tokens; point at a token for all its numbers.</p>"
+        "hardly. A length shift is what the value changed in excess of the one token that was used up. Above each "
+        "token stands the remaining horizon after it, in tokens; point at a token for all its numbers.</p>"
     )
 
 
