@@ -97,11 +97,14 @@ class Browser:
         urls = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
         return {urlsplit(url).netloc for url in urls if url.startswith(("http", "ws"))}
 
-    def screenshot(self, path: Path, width: int = 1100) -> None:
-        """The whole page as PNG."""
+    def screenshot(self, path: Path, width: int = 1100) -> Path:
+        """The whole page as PNG; returns ``path``."""
+        self.driver.set_window_size(width, 600)
         height = self.driver.execute_script("return document.documentElement.scrollHeight")
-        self.driver.set_window_size(width, min(2400, int(height) + 40))
+        self.driver.set_window_size(width, min(2000, int(height) + 160))
+        self.driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
         self.driver.save_screenshot(str(path))
+        return path
 
 
 @contextmanager

@@ -15,6 +15,7 @@ __all__ = ["Bar", "bars", "distribution_html", "quantile_facts"]
 _WIDTH, _HEIGHT = 720, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 12, 12, 62, 34
 _GAP, _BEYOND = 10, 34  # before the bar of everything beyond the cap, and its width
+_LABEL = 100  # about the width of the longest label
 _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
 _MARKS = (("0.5", "p50"), ("0.9", "p90"), ("0.95", "p95"))
 
@@ -90,7 +91,8 @@ def _histogram(row: Mapping[str, Any], found: Sequence[Bar], cap: int) -> str:
         boxes.append((bar, left, right, bar.probability / (right - left)))
     scale = (_HEIGHT - _TOP - _BOTTOM) / max(density for *_, density in boxes)
     base = _HEIGHT - _BOTTOM
-    parts = [_tick(place(tick), base, f"{tick:,}") for tick in _TICKS if tick <= cap]
+    end = place(cap) - _BEYOND  # a tick further right would run into the last one
+    parts = [_tick(place(tick), base, f"{tick:,}") for tick in _TICKS if place(tick) < end]
     parts.append(_tick(_WIDTH - _RIGHT - _BEYOND / 2, base, f"> {cap:,}"))
     for bar, left, right, density in boxes:
         height = scale * density
@@ -119,7 +121,7 @@ def _tick(x: float, base: float, text: str) -> str:
 
 
 def _mark(x: float, y: float, base: float, text: str, *, dashed: bool) -> str:
-    anchor = "end" if x > _WIDTH / 2 else "start"
+    anchor = "end" if x > _WIDTH - _LABEL else "start"
     shifted = x - 4 if anchor == "end" else x + 4
     kind = "lv-mark lv-dashed" if dashed else "lv-mark"
     return (

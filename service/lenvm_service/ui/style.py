@@ -33,7 +33,8 @@ CSS = f"""
 .lv-scroll {{ overflow-x: auto; }}
 .lv-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 .lv-table th, .lv-table td {{
-  border-bottom: 1px solid var(--border-color-primary); padding: .3rem .6rem; text-align: left; white-space: pre;
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: .3rem .6rem;
+  text-align: left; white-space: pre;
 }}
 .lv-tokens, .lv-text-box {{
   border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .6rem; overflow-wrap: anywhere;
@@ -41,8 +42,8 @@ CSS = f"""
 }}
 .lv-text-box {{ white-space: pre-wrap; min-height: 4rem; }}
 .lv-t {{
-  display: inline-flex; flex-direction: column; vertical-align: bottom; margin: 0 0 .25rem; border-radius: .2rem;
-  border-bottom: 2px solid transparent; white-space: pre-wrap; line-height: 1.3; max-width: 100%;
+  display: inline-flex; flex-direction: column; vertical-align: bottom; margin: 0 0 .25rem !important;
+  border-radius: .2rem; border-bottom: 2px solid transparent; white-space: pre-wrap; line-height: 1.3; max-width: 100%;
 }}
 .lv-t small {{
   font-size: .6rem; line-height: 1.1; opacity: .75; text-align: center; padding: 0 .12rem;
