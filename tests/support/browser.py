@@ -95,7 +95,7 @@ class Browser:
         """``host:port`` of everything that was asked for since the last call."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
-        return {urlsplit(url).netloc for url in urls if url.startswith(("http", "ws"))}
+        return {urlsplit(url).netloc.rpartition("@")[2] for url in urls if url.startswith(("http", "ws"))}
 
     def screenshot(self, path: Path, width: int = 1100) -> Path:
         """The whole page as PNG; returns ``path``."""
