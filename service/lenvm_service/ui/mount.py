@@ -22,8 +22,8 @@ __all__ = ["Gate", "mount"]
 
 # Gradio has many more: uploads, files, proxies, an API, editors. What the page does not need is not there.
 _GET = re.compile(
-    r"/(|config|theme\.css|(assets|static|svelte)/[\w./@+-]+"
-    r"|gradio_api/(startup-events|theme\.css|app_id|queue/data|heartbeat/\w+))"
+    r"/(|config|theme\.css|(assets|static)/[\w./@+-]+"
+    r"|gradio_api/(startup-events|theme\.css|queue/data|heartbeat/\w+))"
 )
 _POST = re.compile(r"/gradio_api/(queue/join|cancel|reset)")
 _MAX_BODY_BYTES = 256 * 1024
