@@ -31,7 +31,8 @@ CSS = f"""
 .lv-dashed {{ stroke-dasharray: 4 3; }}
 .lv-text {{ fill: currentColor; font-size: 11.5px; }}
 .lv-scroll {{ overflow-x: auto; }}
-.lv-table {{ border: 0 !important; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+.lv-table, .lv-table tr {{ border: 0 !important; }}
+.lv-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 .lv-table th, .lv-table td {{
   border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: .3rem .6rem;
   text-align: left; white-space: pre;
