@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,9 @@ PROMPT = "how long is a piece of string?"
 CONTROLS = Controls("equal_to", "posterior", 12.0, 0.01, -20, 0.05, 1)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
-    engine = Engine("tiny", tiny_checkpoint, EngineOptions(secret=b"k" * 16))
+@contextmanager
+def started(folder: Path) -> Iterator[Engine]:
+    engine = Engine("tiny", folder, EngineOptions(secret=b"k" * 16))
     engine.start()
     end = time.monotonic() + 60
     while engine.state == "loading":
@@ -44,6 +46,12 @@ def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
     assert engine.failure is None
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
+    with started(tiny_checkpoint) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -181,6 +189,31 @@ def test_a_guided_answer_is_shown_beside_the_unguided_one(handlers: Handlers) ->
     assert text
     assert page.count('class="lv-tokens"') == 1
     assert ended == ("ended by itself" in page)
+
+
+def test_all_views_over_onnx_runtime(handlers: Handlers, tiny_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine needs no torch; without it, generating is refused with the command that brings it."""
+
+    async def ask(handlers: Handlers) -> list[str]:
+        guided = await everything(handlers.guide("tiny", PROMPT, CONTROLS, 3, 40, ""))
+        scored = await handlers.score("tiny", PROMPT, "as long", True, "")
+        return [guided[-1], scored, await handlers.predict("tiny", PROMPT, "")]
+
+    expected = asyncio.run(ask(handlers))
+    with started(tiny_export) as engine:
+        service = Service({"tiny": engine}, Settings(), Metrics())
+        found = asyncio.run(ask(Handlers(service)))
+        monkeypatch.setitem(sys.modules, "torch", None)
+        without = asyncio.run(ask(Handlers(service)))
+    assert "<td>" in found[0]
+    assert _text(found[0]) == _text(expected[0])
+    assert without[1:] == found[1:]
+    assert "pip install &#x27;lenvm[serve]&#x27;" in without[0]
+
+
+def _text(page: str) -> list[str]:
+    """The tokens that are shown: what was generated."""
+    return re.findall(r"<b>(.*?)</b>", page)
 
 
 @pytest.mark.parametrize(
