@@ -2,7 +2,8 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install pull demo serve stop check audit docs dist sbom licences redis prometheus tools llama-cpp test bench clean
+.PHONY: help install pull demo serve stop check audit docs dist sbom licences redis prometheus chromium tools llama-cpp test \
+  bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt models/lenvm/_version.py
 	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
 	  || { echo "error: no venv module: install it first (on Debian: apt-get install python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs,export,train,ray,otel,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs,export,train,ray,otel,ui,dev]'
 	@touch $@
 
 pull: install
@@ -98,6 +99,12 @@ prometheus:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus; \
 	  else echo "error: the tests need prometheus: install it first (on Debian: apt-get install prometheus)" >&2; exit 1; fi; }
 
+chromium:
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	  else echo "error: the tests need chromium and chromedriver: install them first (on Debian: apt-get install chromium chromium-driver)" >&2; exit 1; fi; }
+
 # helm, hadolint and schemas, which check deploy/, into build/tools.
 tools: install
 	@$(BIN)/python tests/support/deploy_tools.py
@@ -114,7 +121,7 @@ audit: install
 	else echo "audit: not run: PyPI's advisories cannot be reached from here"; fi
 
 # With the backbone there, nothing may be skipped for want of it.
-test: pull redis prometheus tools llama-cpp
+test: pull redis prometheus chromium tools llama-cpp
 	LENVM_REQUIRE_REAL=1 $(BIN)/python -m pytest $(ARGS)
 
 bench: pull

@@ -33,13 +33,15 @@ def prediction_fields(
     quantiles: Sequence[float],
     max_tokens: Sequence[int | None],
     calibration: Calibration | None = None,
+    distribution: bool = False,
 ) -> list[dict[str, Any]]:
     """One prediction for each of R prefixes: logits [R] and bin log-probs [R, n] (None without a distribution).
 
     ``max_tokens`` [R]: tokens that may still come, for ``p_exceeds_max_tokens = P(l > max_tokens)``; None: not asked.
     Lengths are remaining tokens l, EOS included. The distribution's fields are None without bins. With ``calibration``
     the quantiles, ``saturated`` and ``p_exceeds_max_tokens`` are of the calibrated distribution; the mean is always the
-    network's, which is also what guidance goes by.
+    network's, which is also what guidance goes by. With ``distribution`` each row has the bins of what its quantiles
+    are of, ``{"lo": [n], "hi": [n], "probability": [n]}`` (None without bins); the last one is all of ``l > cap``.
     """
     import numpy as np
 
@@ -60,6 +62,9 @@ def prediction_fields(
         }
         for value, horizon in zip(values, horizons, strict=True)
     ]
+    if distribution:
+        for row in rows:
+            row["distribution"] = None
     if bins is None or bin_logprobs is None:
         return rows
     means = restricted_mean(bin_logprobs, bins)
@@ -74,6 +79,9 @@ def prediction_fields(
         row["quantiles"] = dict(zip(names, map(int, lengths[at]), strict=True))
         row["saturated"] = bool(saturated[at].any())
         row["p_exceeds_max_tokens"] = None if max_tokens[at] is None else float(exceeds[at])
+        if distribution:
+            share = np.exp(np.asarray(spread[at], dtype=np.float64)).tolist()
+            row["distribution"] = {"lo": bins.lo.tolist(), "hi": bins.hi.tolist(), "probability": share}
     return rows
 
 

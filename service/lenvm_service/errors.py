@@ -63,9 +63,13 @@ class DeadlineExceededError(ServiceError):
 
 
 class UnauthorizedError(ServiceError):
-    """No API key, or one that is not known."""
+    """No API key, or one that is not known. ``challenge``: how it may be sent."""
 
     code = "unauthorized"
+
+    def __init__(self, message: str, *, challenge: str = "Bearer") -> None:
+        super().__init__(message)
+        self.challenge = challenge
 
 
 class InternalError(ServiceError):

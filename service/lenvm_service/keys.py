@@ -13,6 +13,8 @@ The file is read again when it changes: a key is added or withdrawn without a re
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import logging
@@ -36,6 +38,7 @@ _LOOK_EVERY_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA = re.compile(r"[0-9a-f]{64}")
 _LONGEST_KEY = 512
+_BASIC = 'Basic realm="LenVM playground: the API key is the password", charset="UTF-8"'
 _FIELDS = frozenset({"id", "tenant", "sha256", "requests_per_s"})
 
 
@@ -82,23 +85,27 @@ class KeyRing:
         self._looked = clock()
         self._buckets: dict[str, _Bucket] = {}
 
-    def check(self, headers: list[tuple[bytes, bytes]]) -> ApiKey:
+    def check(self, headers: list[tuple[bytes, bytes]], *, browser: bool = False, counted: bool = True) -> ApiKey:
         """Whose request this is: ``Authorization: Bearer KEY`` or ``x-api-key: KEY``.
+
+        ``browser``: the key may be the password of HTTP's Basic scheme too, whatever the user name, and the browser is
+        told to ask for it. ``counted``: the request counts towards the key's rate.
 
         Raises UnauthorizedError, and OverloadedError for a key that asks too often.
         """
         self._look()
-        given = _given(headers)
+        challenge = _BASIC if browser else "Bearer"
+        given = _given(headers, browser)
         if given is None:
-            raise UnauthorizedError("an API key is wanted: send Authorization: Bearer KEY")
+            raise UnauthorizedError("an API key is wanted: send Authorization: Bearer KEY", challenge=challenge)
         digest = hashlib.sha256(given).hexdigest()
         found = None
         for key in self._keys:  # all of them, in constant time each: how long it takes tells nothing
             if hmac.compare_digest(digest, key.sha256):
                 found = key
         if found is None:
-            raise UnauthorizedError("this API key is not known here")
-        if found.requests_per_s is not None:
+            raise UnauthorizedError("this API key is not known here", challenge=challenge)
+        if counted and found.requests_per_s is not None:
             now = self._clock()
             bucket = self._buckets.get(found.id)
             if bucket is None or bucket.rate != found.requests_per_s:
@@ -145,17 +152,28 @@ def new_key(key_id: str, tenant: str, requests_per_s: float | None = None) -> tu
     return text, table
 
 
-def _given(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+def _given(headers: list[tuple[bytes, bytes]], browser: bool) -> bytes | None:
     for name, value in headers:
         if len(value) > _LONGEST_KEY:
             continue
         if name == b"authorization":
             kind, _, key = value.partition(b" ")
-            if kind.lower() == b"bearer" and key.strip():
+            if browser and kind.lower() == b"basic":
+                key = _password(key)
+            elif kind.lower() != b"bearer":
+                continue
+            if key.strip():
                 return key.strip()
         elif name == b"x-api-key" and value.strip():
             return value.strip()
     return None
+
+
+def _password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -14,25 +14,22 @@ from lenvm_client import CandidateInput, CandidateScores, InternalServerError, R
 from lenvm_client.errors import service_error
 from lenvm_service.engine import CandidateJob, EngineCore, EngineOptions, Prefix, Result, load_core
 
-__all__ = ["LocalScorer"]
+__all__ = ["JobScorer", "LocalScorer"]
 
 
-class LocalScorer:
-    """A :class:`lenvm_client.CandidateScorer` that runs where it is called; not thread-safe.
+class JobScorer:
+    """A :class:`lenvm_client.CandidateScorer` over whatever answers jobs; as thread-safe as that is.
 
     It answers as the service does, row errors and session handles included. Rows give ``token_ids`` or a ``session``.
 
     Args:
-        model: a checkpoint folder or an ONNX export, or the name of a shipped one.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: precision of the backbone.
-
-    Raises:
-        ArtifactError, BackboneError: the model cannot be loaded.
+        run: jobs -> results, aligned.
+        tenant: whose prefixes they are.
     """
 
-    def __init__(self, model: str | Path = DEFAULT_MODEL, *, device: str = "cpu", dtype: str = "float32") -> None:
-        self.core: EngineCore = load_core(model, EngineOptions(device=device, dtype=dtype)).core
+    def __init__(self, run: Callable[[Sequence[CandidateJob]], Sequence[Result]], tenant: str = "") -> None:
+        self._run = run
+        self._tenant = tenant
 
     def score_candidates(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
         """Answers aligned with ``rows``; a bad row is a RowError.
@@ -45,23 +42,40 @@ class LocalScorer:
         places: list[int] = []
         for at, row in enumerate(rows):
             try:
-                jobs.append(_job(row))
+                jobs.append(_job(row, self._tenant))
                 places.append(at)
             except LenVMError as error:
                 results[at] = error
         try:
-            results.update(zip(places, self.core.run(jobs), strict=True))
+            results.update(zip(places, self._run(jobs), strict=True))
         except Exception as error:
             said = " ".join(str(error).split()) or "no reason given"
             raise InternalServerError(f"the value model failed ({type(error).__name__}: {said})") from error
         return [_answer(at, results[at]) for at in range(len(rows))]
 
 
+class LocalScorer(JobScorer):
+    """The value model itself, in this process: it runs where it is called; not thread-safe.
+
+    Args:
+        model: a checkpoint folder or an ONNX export, or the name of a shipped one.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: precision of the backbone.
+
+    Raises:
+        ArtifactError, BackboneError: the model cannot be loaded.
+    """
+
+    def __init__(self, model: str | Path = DEFAULT_MODEL, *, device: str = "cpu", dtype: str = "float32") -> None:
+        self.core: EngineCore = load_core(model, EngineOptions(device=device, dtype=dtype)).core
+        super().__init__(lambda jobs: self.core.run(jobs))
+
+
 class _NotOnePrefixError(InvalidRequestError):
     reason = "exactly_one"
 
 
-def _job(row: CandidateInput) -> CandidateJob:
+def _job(row: CandidateInput, tenant: str) -> CandidateJob:
     """Checked as the service's schema does it: what is no number would fail the neighbours in the core."""
     names = ("messages", "prompt", "token_ids", "session")
     given = [name for name in names if getattr(row, name) is not None]
@@ -69,9 +83,9 @@ def _job(row: CandidateInput) -> CandidateJob:
         found = f"not {' and '.join(given)}" if given else "none is there"
         raise _NotOnePrefixError(f"give exactly one of token_ids and session; {found}")
     if row.session is not None:
-        prefix = Prefix(_ids(row.append, "append"), row.session)
+        prefix = Prefix(_ids(row.append, "append"), row.session, tenant)
     elif row.token_ids is not None:
-        prefix = Prefix(_ids(row.token_ids, "token_ids"))
+        prefix = Prefix(_ids(row.token_ids, "token_ids"), tenant=tenant)
     else:
         raise InvalidRequestError("give token_ids or a session: texts are for the service", param=given[0])
     return CandidateJob(

@@ -204,7 +204,7 @@ class Server(uvicorn.Server):
                 await asyncio.sleep(0.02)
         if self.service.requests:
             logger.warning("requests cut short", extra=fields(requests=len(self.service.requests)))
-            self.service.abandon()
+        self.service.abandon()
         await super().shutdown(sockets)
 
     async def _close_listeners(self, sockets: list[socket.socket]) -> None:

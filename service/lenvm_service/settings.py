@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     redis_tenant_bytes: int | None = Field(default=None, ge=1)
     redis_payload: Literal["exact", "int8"] = "exact"
     otel_endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    ui: bool = False  # off: a page that generates is more to attack, and holds a generator beside the value model
 
     @field_validator("model", mode="before")
     @classmethod

@@ -28,7 +28,8 @@ SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text(enc
 DEFAULTS: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
 KEY = "lenvm-key-of-the-probe"
 SHA256 = hashlib.sha256(KEY.encode()).hexdigest()
-ELSEWHERE = {"host", "port", "model", "secret", "api_keys", "redis_url"}  # values of their own, or fixed by the image
+# Values of their own, or fixed by the image; images come without the playground's extra.
+ELSEWHERE = {"host", "port", "model", "secret", "api_keys", "redis_url", "ui"}
 # Everything on, so that no value is without effect.
 FULL: dict[str, Any] = {
     "secrets": {

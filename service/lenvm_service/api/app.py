@@ -38,6 +38,10 @@ def create_app(
     app.state.service = service = Service(engines, settings, metrics, tracing)
     install_error_handlers(app)
     install_openapi(app)
+    if settings.ui:
+        from lenvm_service.ui import mount_playground
+
+        mount_playground(app, service)
     paths = frozenset(
         path for route in [*app.routes, *router.routes] if (path := getattr(route, "path", None)) is not None
     )

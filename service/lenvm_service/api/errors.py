@@ -124,7 +124,7 @@ def error_response(error: Exception, request: Request) -> Response:
     if status in (429, 503) and body["retry_after_ms"] is not None:
         headers["retry-after"] = str(math.ceil(body["retry_after_ms"] / 1000))
     if status == 401:
-        headers["www-authenticate"] = "Bearer"
+        headers["www-authenticate"] = getattr(error, "challenge", "Bearer")
     context.error_type = body["type"]
     return Response(to_json({"error": body}), status_code=status, headers=headers, media_type="application/json")
 

@@ -26,6 +26,7 @@ CLIENT_GONE = 499
 _TIMED = frozenset({"/predict_length", "/score"})
 _OPEN = frozenset({"/health/live"})  # what asks whether to restart us has no key
 _LONGEST_ID = 128
+_PAGE = "/ui"
 
 
 @dataclass
@@ -81,12 +82,14 @@ class RequestMiddleware:
         context = RequestContext(accepted_request_id(scope))
         scope.setdefault("state", {})["context"] = context
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application that is mounted below others
-        route = path if path in self.routes else "unmatched"
+        page = self._is_page(path)
+        route = _PAGE if page else path if path in self.routes else "unmatched"
         token = request_id_var.set(context.request_id)
         task = asyncio.current_task()
         assert task is not None
-        self.service.requests.add(task)
-        self.service.metrics.inflight.inc()
+        (self.service.pages if page else self.service.requests).add(task)
+        if not page:
+            self.service.metrics.inflight.inc()
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -94,13 +97,16 @@ class RequestMiddleware:
                 message = {**message, "headers": [*message.get("headers", ()), *self._headers(context, route)]}
             await send(message)
 
-        tracing = self.service.tracing if scope["method"] == "POST" else None  # probes and scrapes would drown the rest
+        # Probes, scrapes and the playground's page would drown the rest.
+        tracing = self.service.tracing if scope["method"] == "POST" and not page else None
         try:
             with contextlib.nullcontext() if tracing is None else tracing.request(scope, route, context):
                 await self._serve(scope, receive, send_with_headers, context, task, path)
         finally:
             self.service.requests.discard(task)
-            self.service.metrics.inflight.dec()
+            self.service.pages.discard(task)
+            if not page:
+                self.service.metrics.inflight.dec()
             self._record(scope, context, route)
             request_id_var.reset(token)
 
@@ -109,7 +115,10 @@ class RequestMiddleware:
     ) -> None:
         try:
             if self.service.keys is not None and path not in _OPEN:
-                key = self.service.keys.check(scope["headers"])
+                page = self._is_page(path)
+                # A page is many requests; those that make the service work are POSTs.
+                counted = not page or scope["method"] == "POST"
+                key = self.service.keys.check(scope["headers"], browser=page, counted=counted)
                 context.tenant, context.key_id = key.tenant, key.id
             await self.app(scope, receive, send)
             return
@@ -124,8 +133,14 @@ class RequestMiddleware:
         except Exception as unforeseen:
             error = unforeseen
         response = error_response(error, Request(scope))
-        if context.status == 0:  # else the answer has begun, and its end will be missing: the caller sees that
+        if context.status == 0:
             await response(scope, receive, send)
+        elif self._is_page(scope["path"]) and self.service.abandoned:
+            await send({"type": "http.response.body", "body": b""})  # the end of a stream that has none of its own
+        # Else the answer has begun, and its end will be missing: the caller sees that.
+
+    def _is_page(self, path: str) -> bool:
+        return self.service.settings.ui and (path == _PAGE or path.startswith(f"{_PAGE}/"))
 
     def _headers(self, context: RequestContext, route: str) -> list[tuple[bytes, bytes]]:
         total = context.total_ms
@@ -143,7 +158,8 @@ class RequestMiddleware:
     def _record(self, scope: Scope, context: RequestContext, route: str) -> None:
         seconds = context.total_ms / 1000
         status = context.status or CLIENT_GONE  # cancelled from outside before there was an answer
-        self.service.metrics.observe_request(route, status, context.error_type, seconds)
+        if route != _PAGE:  # how long a tab was open is no latency
+            self.service.metrics.observe_request(route, status, context.error_type, seconds)
         access.info(
             "request",
             extra=fields(

@@ -25,7 +25,11 @@ _RETRY_S = 2.0
 
 
 class Service:
-    """The process as its requests see it. ``requests`` are the tasks that serve one each; the loop's thread only."""
+    """The process as its requests see it. ``requests`` are the tasks that serve one each; the loop's thread only.
+
+    ``pages`` are the tasks that serve the playground: its streams stay open as long as a browser's tab, so that no
+    drain waits for them.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Service:
         self.draining = False
         self.abandoned = False
         self.requests: set[asyncio.Task[object]] = set()
+        self.pages: set[asyncio.Task[object]] = set()
         self._workers = anyio.CapacityLimiter(2)  # threads that parse and encode: more would only share the cores
 
     def admit(self) -> None:
@@ -68,7 +73,7 @@ class Service:
     def abandon(self) -> None:
         """End every request that is still being served; its caller gets ``draining``."""
         self.abandoned = True
-        for task in list(self.requests):
+        for task in [*self.requests, *self.pages]:
             task.cancel()
 
     async def offload(self, size: int, work: Callable[[], T]) -> T:

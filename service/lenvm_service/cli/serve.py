@@ -139,6 +139,12 @@ def command(
             show_default="OTEL_EXPORTER_OTLP_ENDPOINT, else none",
         ),
     ] = None,
+    ui: Annotated[
+        bool | None,
+        typer.Option(
+            "--ui/--no-ui", help="A playground for the browser at /ui (needs lenvm[ui]).", show_default="False"
+        ),
+    ] = None,
 ) -> None:
     """Serve predictions and scores over HTTP.
 
@@ -158,6 +164,8 @@ def command(
             settings = load_settings(**flags)
         except InvalidRequestError as error:
             raise typer.BadParameter(str(error)) from None
+        if settings.ui:
+            require("ui", "gradio")
         for text in settings.model:
             need_model(model_spec(text).source, settings.backend)
         status = serve(settings)

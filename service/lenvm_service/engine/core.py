@@ -283,11 +283,11 @@ class EngineCore:
 
     def _predictions(self, works: list[_Work]) -> list[Result]:
         found: list[Result] = [{} for _ in works]
-        by_levels: dict[tuple[float, ...], list[int]] = defaultdict(list)
+        alike: dict[tuple[tuple[float, ...], bool], list[int]] = defaultdict(list)
         for at, work in enumerate(works):
             assert isinstance(work.job, PredictJob)
-            by_levels[tuple(work.job.quantiles)].append(at)
-        for levels, group in by_levels.items():
+            alike[tuple(work.job.quantiles), work.job.distribution].append(at)
+        for (levels, distribution), group in alike.items():
             scores = [works[at].score for at in group]
             has_bins = self.scorer.bins is not None
             rows = prediction_fields(
@@ -300,6 +300,7 @@ class EngineCore:
                 quantiles=levels,
                 max_tokens=[_tokens_left(works[at].job) for at in group],
                 calibration=self.calibration,
+                distribution=distribution,
             )
             for at, row in zip(group, rows, strict=True):
                 work, score = works[at], works[at].score

@@ -19,7 +19,7 @@ from lenvm.scoring import ScoreRow
 from lenvm_service.engine.batching import Batcher
 from lenvm_service.engine.core import EngineCore
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Reply, Result, TokenScoreJob
-from lenvm_service.engine.loading import EngineOptions, Loaded, load_core
+from lenvm_service.engine.loading import LOADING, EngineOptions, Loaded, load_core
 from lenvm_service.engine.queueing import BatcherOptions, Cost, Reservation
 from lenvm_service.engine.sharing import ask_shared, leave_shared
 from lenvm_service.errors import PrefixUnknownError
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 _KINDS: dict[type, str] = {PredictJob: "predict", TokenScoreJob: "tokens", CandidateJob: "candidates"}
 _PREDICTIONS_KEPT = 65_536
 _MEASURED = 128  # tokens: fewer tell little about the rate of a prefill
-# transformers builds a model under settings of the whole process (meta device, default dtype): one at a time.
-_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,7 @@ class Engine:
 
     def _load(self) -> None:
         since = time.monotonic()
-        with _LOADING:
+        with LOADING:
             self._loaded = load_core(self.source, self.options, on_progress=lambda: self.batcher.beat())
         self.core.tracing = self._tracing
         self._canary()

@@ -40,12 +40,14 @@ class Shared:
 
 @dataclass(frozen=True)
 class PredictJob:
-    """How many tokens are still to come after ``prefix``? ``generated``: content tokens of the answer in it."""
+    """How many tokens are still to come after ``prefix``? ``generated``: content tokens of the answer in it;
+    ``distribution``: the row has the probability of every bin too."""
 
     prefix: Prefix
     quantiles: Sequence[float] = (0.5, 0.9, 0.95)
     max_tokens: int | None = None
     generated: int = 0
+    distribution: bool = False
 
 
 @dataclass(frozen=True)

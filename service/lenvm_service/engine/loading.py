@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from lenvm.scoring import Scorer
 from lenvm_service.engine.core import EngineCore
 from lenvm_service.prefix_cache.redis_tier import TierOptions
 
-__all__ = ["EngineOptions", "Loaded", "load_core"]
+__all__ = ["LOADING", "EngineOptions", "Loaded", "load_core"]
+
+LOADING = threading.Lock()
+"""Held while a model is built: transformers does that under settings of the whole process (meta device, dtype)."""
 
 _BLOCK = 32  # tokens
 

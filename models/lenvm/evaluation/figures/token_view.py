@@ -9,7 +9,10 @@ from typing import Any
 
 from lenvm.returns import horizon, length_shift
 
-__all__ = ["token_view", "write_token_view"]
+__all__ = ["LONG_RGB", "SHORT_RGB", "shift_look", "token_view", "write_token_view"]
+
+LONG_RGB, SHORT_RGB = "213, 94, 0", "0, 114, 178"
+"""The colours of longer and shorter on a light ground."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -20,7 +23,7 @@ _PAGE = """<!doctype html>
 <style>
 :root {{
   color-scheme: light dark;
-  --ink: #1f2933; --card: #fff; --rule: #d9e0e6; --long: 213, 94, 0; --short: 0, 114, 178;
+  --ink: #1f2933; --card: #fff; --rule: #d9e0e6; --long: {long}; --short: {short};
 }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --ink: #e4e9ee; --card: #16191d; --rule: #3a434d; --long: 240, 138, 60; --short: 86, 180, 233; }}
@@ -92,7 +95,16 @@ def token_view(examples: Sequence[Mapping[str, Any]], gamma: float) -> str:
 
     Texts are escaped. A shift of one hundredth of the value has a third of the colour; the rest follows its root.
     """
-    return _PAGE.format(answers="\n".join(_answer(example, gamma) for example in examples))
+    answers = "\n".join(_answer(example, gamma) for example in examples)
+    return _PAGE.format(answers=answers, long=LONG_RGB, short=SHORT_RGB)
+
+
+def shift_look(shift: float) -> tuple[str, float] | None:
+    """How a token with this length shift is shown: "l" (made the rest longer) or "s" (shorter), and how strongly, 0 to
+    0.75; None where it changed little."""
+    if abs(shift) < 0.002:
+        return None
+    return "l" if shift > 0 else "s", min(0.75, 0.33 * (abs(shift) / 0.01) ** 0.5)
 
 
 def _answer(example: Mapping[str, Any], gamma: float) -> str:
@@ -103,8 +115,8 @@ def _answer(example: Mapping[str, Any], gamma: float) -> str:
     for at, (text, shift) in enumerate(zip(texts, shifts, strict=True)):
         change = horizons[at + 1] + 1.0 - horizons[at]
         data = f"{values[at + 1]:.3f} {horizons[at + 1]:.0f} {shift:+.4f} {change:+.1f}"
-        strength = min(0.75, 0.33 * (abs(shift) / 0.01) ** 0.5)
-        look = f' class="{"l" if shift > 0 else "s"}" style="--a:{strength:.2f}"' if abs(shift) >= 0.002 else ""
+        found = shift_look(shift)
+        look = f' class="{found[0]}" style="--a:{found[1]:.2f}"' if found else ""
         end = " data-end" if example["finished"] and at == len(texts) - 1 else ""
         parts.append(f'<i{look} data-x="{data}"{end}>{html.escape(text)}</i>')
     ended = "ended by itself" if example["finished"] else "cut here"
