@@ -3,6 +3,7 @@ command is about."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+from lenvm_service.settings import Settings
 from tests.support.deploy_tools import find_tool
 from tests.support.documented import ROOT, check_lenvm, check_python, shell_commands
 from tests.support.redis_server import RedisServer
@@ -99,9 +101,15 @@ def _curl(words: list[str]) -> None:
 
 
 def _export(words: list[str]) -> None:
-    name = words[0].split("=")[0]
-    if name != "PATH":
-        assert f"${{{name}:?" in (ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"), name
+    for word in (word for word in words if "=" in word):
+        name, _, value = word.partition("=")
+        if name.startswith("LENVM_") and name.removeprefix("LENVM_").lower() in Settings.model_fields:
+            continue
+        if name.endswith("_IMPORT_PATH"):
+            module, _, function = value.partition(":")
+            assert hasattr(importlib.import_module(module), function), value
+        elif name != "PATH":
+            assert f"${{{name}:?" in (ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"), name
 
 
 def _make(words: list[str]) -> None:

@@ -135,7 +135,7 @@ class RequestMiddleware:
         response = error_response(error, Request(scope))
         if context.status == 0:
             await response(scope, receive, send)
-        elif self._is_page(scope["path"]) and self.service.abandoned:
+        elif self._is_page(path) and self.service.abandoned:
             await send({"type": "http.response.body", "body": b""})  # the end of a stream that has none of its own
         # Else the answer has begun, and its end will be missing: the caller sees that.
 
