@@ -91,6 +91,21 @@ def prompts(data: Path, *, seed: int = 0, tokens: tuple[int, int] = (20, 60)) ->
     return kept
 
 
+def alike(texts: list[str], tokens: int = 40) -> Iterator[str]:
+    """Prompts of just so many tokens, each different from its first token on: their latencies differ by what happens to
+    them alone."""
+    from lenvm.backbones import load_tokenizer, resolve_backbone
+
+    tokenizer = load_tokenizer(resolve_backbone("smollm2-135m-instruct", progress=False))
+    for text in unique(texts):
+        ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
+        if (
+            len(ids) == tokens
+            and len(tokenizer.encode(cut := tokenizer.decode(ids), add_special_tokens=False)) == tokens
+        ):
+            yield cut
+
+
 def unique(texts: list[str]) -> Iterator[str]:
     """The prompts again and again, each different from its first characters on: nothing is cached."""
     at = 0
@@ -164,8 +179,10 @@ class _Caller:
             writer.close()
 
 
-async def open_loop(url: str, texts: Iterator[str], *, rate: float, seconds: float, **fields: Any) -> Outcome:
-    """Poisson arrivals at ``rate`` a second, whatever comes back."""
+async def open_loop(
+    url: str, texts: Iterator[Any], *, rate: float, seconds: float, evenly: bool = False, **fields: Any
+) -> Outcome:
+    """Poisson arrivals at ``rate`` a second (``evenly``: one every ``1 / rate``), whatever comes back."""
     outcome, dice, caller = Outcome(), random.Random(1), _Caller(url)
     begin = time.perf_counter()
     at = begin
@@ -175,7 +192,7 @@ async def open_loop(url: str, texts: Iterator[str], *, rate: float, seconds: flo
         body = {"prompt": next(texts), **fields}
         tasks.append(asyncio.create_task(caller.post("/predict_length", body, outcome)))
         outcome.sent += 1
-        at += dice.expovariate(rate)
+        at += 1 / rate if evenly else dice.expovariate(rate)
     outcome.seconds = time.perf_counter() - begin
     await asyncio.gather(*tasks)
     caller.close()

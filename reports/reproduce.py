@@ -167,8 +167,9 @@ def _lifebench(add, lenvm, options, sizes, on, fast, out, made) -> None:  # type
     base = (
         f"{lenvm} eval lifebench --data {options.data} --model {options.model} --device {on} --dtype {fast} "
         f"--targets {sizes.targets} --tasks {sizes.tasks} --tuning-tasks {sizes.tuning} "
-        "--cost-cap 7.8 --forced-cap 0.04 "
-        f"--tolerance 0.01,0.015,0.02,0.03 --min-eos-prob 0.001,0.002,0.004 --max-rows {options.guided_rows}"
+        # Below what is asked of the test (8 nats, 5 %): a choice looks better on the tasks that it was made on.
+        "--cost-cap 7.7 --forced-cap 0.03 "
+        f"--tolerance 0.01,0.015,0.02 --min-eos-prob 0.001,0.002,0.004 --max-rows {options.guided_rows}"
     )
     guided, gates = "posterior,paper_value,paper_length", "unguided,eos_gate,force_eos"
     files = []
@@ -187,7 +188,8 @@ def _conditional(add, each, lenvm, options, sizes, on, fast, out, made) -> None:
     work = options.work
     base = (
         f"{lenvm} eval conditional --data {options.data} --model {options.model} --device {on} --dtype {fast} "
-        f"--prompts {sizes.prompts} --samples {max(8, sizes.samples)} --max-rows {options.guided_rows}"
+        f"--prompts {sizes.prompts} --samples {max(8, sizes.samples)} --pairs-per-prompt 5 "
+        f"--max-rows {options.guided_rows}"
     )
     parts = each("conditional", f"{base} --part {{part}} --work {work}/conditional-{{i}}.jsonl", *made)
     files = " ".join(f"--work {work}/conditional-{i}.jsonl" for i in range(len(parts)))

@@ -43,6 +43,7 @@ MAX_TARGET = 1_000_000
 """Longest target, in content tokens."""
 
 _MAX_RATE = 1e6  # bounds lambda and beta (nats a token), so that rate x length stays exact enough to be ordered
+_FADE_TOKENS = 20.0  # about a sentence
 TOP_K, TOP_P, MIN_P = 15, 0.999, 0.01  # the paper's truncation; min-p for tilt, the others for hard rules
 _KINDS = ("equal_to", "at_most", "at_least", "tilt", "scale")
 _METHODS = ("posterior", "paper")
@@ -60,8 +61,8 @@ class Objective:
     tokens. ``space`` is where paper's equal_to compares. ``strength`` multiplies the log-weight; 0 is no guidance.
     ``min_eos_prob`` (posterior; needs logprobs) keeps an answer from ending in mid-sentence: an EOS that the generator
     finds less likely than this is not offered. Past the target of equal_to and at_most the bound falls, by a factor of
-    e each tenth of the target, so that no answer runs on for ever. An exact model would hardly need it: such ends are
-    rarer than one answer in ``1 / min_eos_prob``.
+    e each tenth of the target or 20 tokens (the longer of the two), so that no answer runs on for ever. An exact model
+    would hardly need it: such ends are rarer than one answer in ``1 / min_eos_prob``.
     """
 
     kind: Literal["equal_to", "at_most", "at_least", "tilt", "scale"]
@@ -283,8 +284,8 @@ def _too_unlikely(
 
 def eos_fade(objective: Objective) -> float:
     """How fast the bound of ``min_eos_prob`` falls past the target, nats a token: a fixed pace, not that of ``u``,
-    which at a small tolerance would be over before the next sentence is."""
-    return 10.0 / max(10, objective.target or 0) if objective.kind in ("equal_to", "at_most") else 0.0
+    which at a small tolerance would be over before the next sentence is. Sentences are no shorter in short answers."""
+    return 1.0 / max(_FADE_TOKENS, 0.1 * (objective.target or 0)) if objective.kind in ("equal_to", "at_most") else 0.0
 
 
 def utility(objective: Objective) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lenvm import __version__
 from lenvm_service.answers import level_name
@@ -166,6 +166,10 @@ class Metrics:
         """One answered request. ``route``: the template; ``error_type``: of the error table, or "none"."""
         self.requests.labels(route, str(status), error_type).inc()
         self.request_seconds.labels(route).observe(seconds)
+
+    async def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def engine(self, model: str) -> EngineMetrics:
         """The metrics of one model's engine."""

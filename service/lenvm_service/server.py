@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import h11
 import uvicorn
@@ -25,8 +26,11 @@ from lenvm_service.logs import configure_logging, fields
 from lenvm_service.settings import Settings, model_spec
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from lenvm_service.api.ports import EngineLike
     from lenvm_service.api.service import Service
+    from lenvm_service.engine import Engine
     from lenvm_service.metrics import Metrics
     from lenvm_service.tracing import Tracing
 
@@ -38,8 +42,11 @@ __all__ = [
     "Server",
     "bind",
     "find_models",
+    "http_config",
+    "loading_problem",
     "make_parts",
     "serve",
+    "settle_garbage",
     "share_interpreter",
 ]
 
@@ -52,6 +59,7 @@ _KEEP_ALIVE_S = 65  # longer than the minute that load balancers keep idle conne
 _HEADER_BYTES = 64 * 1024
 _LINGER_S = 0.3  # after the last listener is closed: connections that were just accepted still get their answer
 _SWITCH_S = 0.0005
+_GC_THRESHOLDS = 20_000, 5, 1000  # pauses of milliseconds, and a full collection once in 10^8 objects that stay
 _ABANDON_S = 2  # for requests that were told to end, to do so
 
 
@@ -177,10 +185,11 @@ class Server(uvicorn.Server):
                 self._loaded.add(name)
             elif engine.state == "failed" and name not in self._loaded and self.failure is None:
                 # Later failures are for the liveness probe to tell: who restarts us decides.
-                self.failure = f"model {name} cannot be loaded: {_reason(engine.failure)}"
+                self.failure = loading_problem(name, engine.failure)
                 self.service.draining = self.should_exit = True
         if not self._announced and not self.service.draining and len(self._loaded) == len(self.service.engines):
             self._announced = True
+            settle_garbage()
             with contextlib.suppress(OSError):  # nobody reads our stdout: that is no reason to stop
                 print(f"lenvm is ready at {self.url} (models: {', '.join(self.service.engines)})", flush=True)
 
@@ -221,10 +230,25 @@ class Server(uvicorn.Server):
         return protocol
 
 
-def _reason(failure: Exception | None) -> str:
+def settle_garbage() -> None:
+    """Once everything is loaded: what is there stays, and the garbage collector no longer looks through it.
+
+    By default it looks through the whole heap, libraries and every held session, each time that has grown by a quarter:
+    a third of the time of a busy process, in pauses of a tenth of a second and more. Cycles die young here; what grows
+    old is sessions, which go by reference count.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
+
+
+def loading_problem(name: str, failure: Exception | None) -> str:
+    """What a person is told of a model that failed to load."""
     if isinstance(failure, LenVMError):
-        return str(failure)
-    return "the log has the cause" if failure is None else f"{type(failure).__name__}: {failure}"
+        reason = str(failure)
+    else:
+        reason = "the log has the cause" if failure is None else f"{type(failure).__name__}: {failure}"
+    return f"model {name} cannot be loaded: {reason}"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -346,9 +370,32 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
     parts = make_parts(settings, load=load)
     from lenvm_service.api import create_app
 
-    engines = parts.engines
-    app = create_app(engines, settings, parts.metrics, parts.tracing)
-    config = uvicorn.Config(
+    url, thresholds = _url(settings.host, listener), gc.get_threshold()
+    logger.info("listening; models load in the background", extra=fields(url=url, models=",".join(parts.engines)))
+    try:
+        for engine in parts.engines.values():
+            engine.start()
+        if settings.api_workers > 1:
+            from lenvm_service.workers.host import WorkerHost
+
+            real = cast("Mapping[str, Engine]", parts.engines)  # a fake one has no tokenizer that workers could read
+            failure = WorkerHost(settings, listener, url, real, parts.folders, parts.metrics, parts.tracing).run()
+        else:
+            app = create_app(parts.engines, settings, parts.metrics, parts.tracing)
+            server = Server(http_config(app, settings), app.state.service, url)
+            server.run(sockets=[listener])
+            failure = server.failure
+    finally:
+        gc.unfreeze()  # libraries clean up behind themselves on the way out
+        gc.set_threshold(*thresholds)
+        parts.close()
+    logger.info("stopped")
+    return failure
+
+
+def http_config(app: FastAPI, settings: Settings, *, backlog: int = _BACKLOG) -> uvicorn.Config:
+    """How uvicorn serves the application. ``backlog``: connections that may wait, and that are taken at one go."""
+    return uvicorn.Config(
         app,
         http=type("HttpProtocol", (HttpProtocol,), {"read_timeout_s": settings.read_timeout_s}),
         ws="none",
@@ -357,22 +404,11 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=_BACKLOG,
+        backlog=backlog,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_ABANDON_S,
         h11_max_incomplete_event_size=_HEADER_BYTES,
     )
-    url = _url(settings.host, listener)
-    server = Server(config, app.state.service, url)
-    logger.info("listening; models load in the background", extra=fields(url=url, models=",".join(engines)))
-    try:
-        for engine in engines.values():
-            engine.start()
-        server.run(sockets=[listener])
-    finally:
-        parts.close()
-    logger.info("stopped")
-    return server.failure
 
 
 def _quiet_transformers() -> None:

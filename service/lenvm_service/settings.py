@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     backend: Literal["auto", "torch", "onnx"] = "auto"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    api_workers: int = Field(default=1, ge=1, le=256)
     batch_tokens: int | None = Field(default=None, ge=1)
     batch_wait_ms: float = Field(default=2.0, ge=0, le=1000, allow_inf_nan=False)
     max_queue_tokens: int = Field(default=262_144, ge=1)

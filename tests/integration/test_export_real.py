@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lenvm.export import VARIANTS
-from lenvm.export.parity import LIMITS, check_parity, compare
+from lenvm.export.parity import LIMITS, TORCH_LIMITS, check_parity, compare
 from lenvm.export.run import export_model
 from lenvm.export.samples import sample_ids
 from lenvm.modeling import LengthValueModel
@@ -51,14 +51,30 @@ def exports(model: LengthValueModel, tmp_path_factory: pytest.TempPathFactory) -
     return {variant: home / variant for variant in VARIANTS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_give_what_torch_gives(variant: str, model: LengthValueModel, exports: dict[str, Path]) -> None:
+def _texts(model: LengthValueModel) -> list[tuple[list[int], int]]:
     from lenvm.backbones import encode_chat
 
     texts = []
     for prompt, answer in TEXTS:
         ids = encode_chat(model.tokenizer, prompt)
         texts.append(([*ids, *model.tokenizer.encode(answer, add_special_tokens=False)], len(ids)))
+    return texts
+
+
+def test_bfloat16_gives_what_float32_gives(model: LengthValueModel) -> None:
+    import torch
+
+    other = LengthValueModel.from_pretrained(NAME, dtype=torch.bfloat16)
+    found = compare(TorchScorer(model), TorchScorer(other), _texts(model))
+    mean, largest = TORCH_LIMITS["bfloat16"]
+    assert 0 < found.value_mean <= mean
+    assert found.value_max <= largest
+    assert found.horizon_mean < 0.02
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_give_what_torch_gives(variant: str, model: LengthValueModel, exports: dict[str, Path]) -> None:
+    texts = _texts(model)
     found = compare(TorchScorer(model), OnnxScorer(OnnxModel(exports[variant])), texts)
     check_parity(variant, found)  # type: ignore[arg-type]
     assert found.states > 100

@@ -384,16 +384,19 @@ def test_objectives_survive_the_wire(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["equal_to", "at_most", "at_least"])
 def test_an_unlikely_eos_is_not_offered(kind: Any) -> None:
-    """Up to the target the bound stands; past it, it falls by e each tenth of it (at_least has no far side)."""
-    plain, careful = Objective(kind, 100), Objective(kind, 100, min_eos_prob=1e-3)
+    """Up to the target the bound stands; past it, it falls by e each tenth of it, or each 20 tokens where that is
+    slower (at_least has no far side)."""
     logp = bin_logp(0, 1, 5)
-    for generated, eos_prob, offered in (
-        (50, 0.9e-3, False),
-        (50, 1.1e-3, True),
-        (100, 0.9e-3, False),
-        (120, 1e-3 * math.exp(-1.9), kind != "at_least"),
-        (120, 1e-3 * math.exp(-2.1), False),
+    for target, generated, eos_prob, offered in (
+        (100, 50, 0.9e-3, False),
+        (100, 50, 1.1e-3, True),
+        (100, 100, 0.9e-3, False),
+        (100, 140, 1e-3 * math.exp(-1.9), kind != "at_least"),
+        (100, 140, 1e-3 * math.exp(-2.1), False),
+        (1000, 1200, 1e-3 * math.exp(-1.9), kind != "at_least"),
+        (1000, 1200, 1e-3 * math.exp(-2.1), False),
     ):
+        plain, careful = Objective(kind, target), Objective(kind, target, min_eos_prob=1e-3)
         logprobs = np.log(np.full((1, 5), 0.2))
         logprobs[0, EOS] = math.log(eos_prob)
         expected = call([plain], logp=logp, generated=[generated], logprobs=logprobs)

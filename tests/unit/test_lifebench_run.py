@@ -357,6 +357,11 @@ def test_gates_at_no_more_cost_by_hand() -> None:
     assert found["by_target"]["10"]["ls"] == pytest.approx(40 + 60 / 3)
     assert found["by_target"]["20"]["ls"] == 60.0
     assert set(front_metrics(gates, [])) == {"rules"}
+    # No gate within an estimate of about zero: there is none to name.
+    cheap = [
+        row(*at, 0.0 if at[0] == "b" else -0.4) for at in (("a", 10, 10), ("a", 20, 20), ("b", 10, 10), ("b", 20, 20))
+    ]
+    assert "no_more_cost" not in front_metrics(gates, cheap)
 
 
 def test_answers_that_meet_the_end_of_the_context(run: Any, tiny_generator: Any) -> None:

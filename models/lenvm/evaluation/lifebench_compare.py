@@ -46,12 +46,13 @@ def front_metrics(gates: Mapping[GateRule, Points], posterior: Sequence[Row]) ->
     found["equal_cost"] = _equal_cost(gates, posterior, everything)
     scores = _scores(gates, everything)
     within = [score for score in scores if score.kl_per_sequence <= _cost(posterior, everything) + 1e-9]
-    best = max(within, key=lambda score: (score.ls, -score.kl_per_sequence))
-    theirs = [ls for ls, _ in gates[best.rule]]
-    found["no_more_cost"] = {
-        **best.to_dict(),
-        "posterior_minus_gate": list(paired_bootstrap(_ls(posterior), theirs, [row.task_id for row in posterior])),
-    }
+    if within:  # costs are estimates: where posterior's is about zero, no gate need lie below it
+        best = max(within, key=lambda score: (score.ls, -score.kl_per_sequence))
+        theirs = [ls for ls, _ in gates[best.rule]]
+        found["no_more_cost"] = {
+            **best.to_dict(),
+            "posterior_minus_gate": list(paired_bootstrap(_ls(posterior), theirs, [row.task_id for row in posterior])),
+        }
     targets = [row.target for row in posterior]
     found["by_target"] = {
         str(target): _equal_cost(gates, posterior, [at for at in everything if targets[at] == target])

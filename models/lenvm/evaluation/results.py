@@ -116,13 +116,14 @@ def _conditional(metrics: Metrics) -> str:
     rows = [
         [
             kind.replace("_", " "), str(row["pairs"]), number(row.get("ks"), ".3f"),
-            number(row.get("ks_null_95"), ".3f"), number(row.get("logprob_gap"), "+.3f"),
+            number(row.get("ks_null_95"), ".3f"), str(round(row["pairs"] * row.get("satisfied_rate", 0.0))),
+            number(row.get("ks_satisfied"), ".3f"), number(row.get("logprob_gap"), "+.3f"),
             percent(row.get("natural_end_rate")), percent(row.get("forced_stop_rate")),
         ]
         for kind in ("at_most", "at_least", "equal_to") if (row := metrics.get(kind)) and row.get("pairs")
     ]  # fmt: skip
-    head = ["objective", "pairs", "KS", "KS of an exact sampler, 95 %", "log-probability gap (nats/token)",
-            "natural ends", "forced stops"]  # fmt: skip
+    head = ["objective", "pairs", "KS", "KS of an exact sampler, 95 %", "pairs within", "KS within",
+            "log-probability gap (nats/token)", "natural ends", "forced stops"]  # fmt: skip
     return table(head, rows)
 
 

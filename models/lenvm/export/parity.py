@@ -13,7 +13,7 @@ from lenvm.export.artifact import Variant
 from lenvm.returns import horizon_from_logit, value_from_logit
 from lenvm.scoring import Scorer, ScoreRow
 
-__all__ = ["LIMITS", "Parity", "check_parity", "compare", "errors", "state_logits"]
+__all__ = ["LIMITS", "TORCH_LIMITS", "Parity", "check_parity", "compare", "errors", "state_logits"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Parity:
 
 # What a variant may lose against torch in float32, from the prompt on: (mean, largest) error of the value.
 LIMITS: dict[Variant, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "fp16": (0.005, 0.05), "int8": (0.02, 0.25)}
+# And torch itself, by the precision of the backbone, on any device.
+TORCH_LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 1e-3), "bfloat16": (0.005, 0.05)}
 
 
 def compare(reference: Scorer, other: Scorer, texts: Sequence[tuple[Sequence[int], int]]) -> Parity:

@@ -34,7 +34,8 @@ def attend(
         if repeat and groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         if query.dtype == torch.float32:
-            return _attend_float32(query, key, value, bounds, longest, scaling)
+            exact: torch.Tensor = _attend_float32(query, key, value, bounds, longest, scaling)
+            return exact
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(
             query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling
         )[0]
@@ -47,6 +48,7 @@ def attend(
     return out[0].transpose(0, 1)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # TorchInductor fails on this operator
 def _attend_float32(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scaling: float
 ) -> torch.Tensor:

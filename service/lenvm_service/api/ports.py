@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
-
-from prometheus_client import CollectorRegistry, Gauge
 
 from lenvm.config import LenVMConfig
 from lenvm_service.engine.jobs import Job, Reply
@@ -55,13 +53,20 @@ class EngineLike(Protocol):
         generated_tokens: int,
         finish_reason: str,
         tenant: str = "",
-    ) -> None: ...
+    ) -> Awaitable[None] | None: ...
+
+
+class CountLike(Protocol):
+    """Something that goes up and down."""
+
+    def inc(self) -> None: ...
+    def dec(self) -> None: ...
 
 
 class MetricsLike(Protocol):
     """The process's metrics."""
 
-    registry: CollectorRegistry
-    inflight: Gauge
-
+    @property
+    def inflight(self) -> CountLike: ...
+    async def exposition(self) -> bytes: ...
     def observe_request(self, route: str, status: int, error_type: str, seconds: float) -> None: ...

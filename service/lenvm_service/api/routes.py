@@ -7,7 +7,6 @@ import contextlib
 from typing import Any
 
 from fastapi import APIRouter, Request
-from prometheus_client import generate_latest
 from starlette.responses import PlainTextResponse, Response
 
 from lenvm import __version__
@@ -155,7 +154,11 @@ async def feedback(request: Request) -> Response:
             results.append(item)
             continue
         try:
-            engine.feedback(item.prediction_id, item.token_ids, item.generated_tokens, item.finish_reason, tenant)
+            told = engine.feedback(
+                item.prediction_id, item.token_ids, item.generated_tokens, item.finish_reason, tenant
+            )
+            if told is not None:
+                await told
             results.append({"accepted": True})
         except LenVMError as error:
             results.append(error)
@@ -216,7 +219,7 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", **documented("Prometheus metrics", None, errors=(500,)), response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """In Prometheus' text format."""
-    text = generate_latest(_service(request).metrics.registry)
+    text = await _service(request).metrics.exposition()
     return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

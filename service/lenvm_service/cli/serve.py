@@ -44,6 +44,14 @@ def command(
         str | None,
         typer.Option(help="float32, bfloat16 or float16, of torch; an export has its own.", show_default="float32"),
     ] = None,
+    api_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that speak HTTP, check and tokenise, around the one that owns the models; 1 does all of it "
+            "in one process, which takes some hundred requests a second.",
+            show_default="1",
+        ),
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="New tokens a batch.", show_default="4096, 16384 on a GPU")
     ] = None,

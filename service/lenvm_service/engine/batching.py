@@ -208,8 +208,9 @@ class Batcher:
         if not waiting:
             return
         ahead = self._seconds(waiting + self._in_hand)
-        # A row is answered with its whole batch: on average half a batch after its own turn.
-        needed = ahead + self._seconds(tokens) + 0.5 * self._batch_seconds
+        # A row is answered with its whole batch: as much as a batch after its own turn. Who is let in and then too late
+        # costs as much as who is answered.
+        needed = ahead + self._seconds(tokens) + self._batch_seconds
         late = deadline is not None and time.monotonic() + needed > deadline
         if late or ahead > self.options.max_queue_s or waiting + tokens > self.options.max_queue_tokens:
             wait = self._drain_s()

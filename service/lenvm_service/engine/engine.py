@@ -151,6 +151,17 @@ class Engine:
         return self.batcher.alive
 
     @property
+    def loaded(self) -> bool:
+        """The model is there, whatever the engine's state."""
+        return self._loaded is not None
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Where the tokenizer lies; only valid once loaded."""
+        assert self._loaded is not None
+        return self._loaded.tokenizer_dir
+
+    @property
     def core(self) -> EngineCore:
         """What the thread works with; only valid once loaded."""
         assert self._loaded is not None

@@ -48,11 +48,13 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready for work. ``new_scorer``: one with an empty pool, for after a failure; ``dtype``: as shown."""
+    """A model ready for work. ``new_scorer``: one with an empty pool, for after a failure; ``dtype``: as shown;
+    ``tokenizer_dir``: where its tokenizer lies."""
 
     core: EngineCore
     new_scorer: Callable[[], Scorer]
     dtype: str
+    tokenizer_dir: Path
 
 
 def load_core(source: str | Path, options: EngineOptions, *, on_progress: Callable[[], None] = lambda: None) -> Loaded:
@@ -86,9 +88,8 @@ def _load_torch(folder: Path, options: EngineOptions, on_progress: Callable[[], 
     def new_scorer() -> Scorer:
         return TorchScorer(model, pool_tokens=tokens, block_size=_BLOCK)
 
-    return Loaded(
-        _core(model.config, model.tokenizer, model.backbone_dir, new_scorer(), options), new_scorer, options.dtype
-    )
+    core = _core(model.config, model.tokenizer, model.backbone_dir, new_scorer(), options)
+    return Loaded(core, new_scorer, options.dtype, model.backbone_dir)
 
 
 def _load_onnx(folder: Path, options: EngineOptions, on_progress: Callable[[], None]) -> Loaded:
@@ -101,7 +102,8 @@ def _load_onnx(folder: Path, options: EngineOptions, on_progress: Callable[[], N
     def new_scorer() -> Scorer:
         return OnnxScorer(model, pool_tokens=tokens, on_forward=on_progress)
 
-    return Loaded(_core(model.config, model.tokenizer, folder, new_scorer(), options), new_scorer, model.info.variant)
+    core = _core(model.config, model.tokenizer, folder, new_scorer(), options)
+    return Loaded(core, new_scorer, model.info.variant, folder)
 
 
 def _core(config: LenVMConfig, tokenizer: object, folder: Path, scorer: Scorer, options: EngineOptions) -> EngineCore:
