@@ -370,19 +370,18 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
     parts = make_parts(settings, load=load)
     from lenvm_service.api import create_app
 
-    engines = parts.engines
     url, thresholds = _url(settings.host, listener), gc.get_threshold()
-    logger.info("listening; models load in the background", extra=fields(url=url, models=",".join(engines)))
+    logger.info("listening; models load in the background", extra=fields(url=url, models=",".join(parts.engines)))
     try:
-        for engine in engines.values():
+        for engine in parts.engines.values():
             engine.start()
         if settings.api_workers > 1:
             from lenvm_service.workers.host import WorkerHost
 
-            real = cast("Mapping[str, Engine]", engines)  # a fake one has no tokenizer that workers could read
-            failure = WorkerHost(settings, listener, url, real, parts.folders, parts.metrics).run()
+            real = cast("Mapping[str, Engine]", parts.engines)  # a fake one has no tokenizer that workers could read
+            failure = WorkerHost(settings, listener, url, real, parts.folders, parts.metrics, parts.tracing).run()
         else:
-            app = create_app(engines, settings, parts.metrics, parts.tracing)
+            app = create_app(parts.engines, settings, parts.metrics, parts.tracing)
             server = Server(http_config(app, settings), app.state.service, url)
             server.run(sockets=[listener])
             failure = server.failure

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,21 @@ class Tracing:
             span.set_attributes({name: value for name, value in told.items() if value is not None})
             if context.status >= 500:
                 span.set_status(self._trace.StatusCode.ERROR)
+
+    def carrier(self) -> dict[str, str]:
+        """The current span, for another process."""
+        found: dict[str, str] = {}
+        self._propagate.inject(found)
+        return found
+
+    @contextmanager
+    def attached(self, carrier: Mapping[str, str]) -> Iterator[None]:
+        """What another process said is current in the block."""
+        token = self._context.attach(self._propagate.extract(carrier))
+        try:
+            yield
+        finally:
+            self._context.detach(token)
 
     def here(self) -> Any:
         """What a thread that works for this request needs to know: see ``Ticket.trace``."""

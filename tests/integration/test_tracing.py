@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from lenvm_client import Client
 from tests.integration.conftest import start_service
 from tests.support.otlp_collector import Span, collector
@@ -13,10 +15,12 @@ from tests.support.redis_server import RedisServer
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
-def test_a_request_is_one_connected_trace(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("api_workers", ["1", "2"])
+def test_a_request_is_one_connected_trace(tiny_checkpoint: Path, tmp_path: Path, api_workers: str) -> None:
     redis = RedisServer(tmp_path / "redis").start()
     with collector() as found:
         arguments = ["--model", str(tiny_checkpoint), "--redis-url", redis.url, "--redis-lookup-ms", "5000"]
+        arguments += ["--api-workers", api_workers]
         service = start_service(tmp_path, *arguments, "--otel-endpoint", found.url)
         try:
             with Client(service.url, timeout=60) as client:

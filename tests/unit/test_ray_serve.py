@@ -32,6 +32,7 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
     [
         ({"port": 1}, "http_options.port"),
         ({"host": "::"}, "http_options.host"),
+        ({"api_workers": 2}, "num_replicas"),
         ({"redis": "x"}, "no option redis"),
         ({"batch_tokens": 0}, "batch-tokens"),
     ],

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "proxy_middlewares"]
 
-_OF_SERVE = {"host": "http_options.host", "port": "http_options.port"}
+_OF_SERVE = {"host": "http_options.host", "port": "http_options.port", "api_workers": "num_replicas"}
 
 
 def build(args: Mapping[str, Any]) -> Application:

@@ -37,7 +37,7 @@ class LenVM:
         the status of the deployment, and tries again."""
         from lenvm_service.api import create_app
         from lenvm_service.logs import configure_logging
-        from lenvm_service.server import make_parts, share_interpreter
+        from lenvm_service.server import make_parts, settle_garbage, share_interpreter
 
         configure_logging(self._settings.log_format, self._settings.log_level)
         share_interpreter()
@@ -54,6 +54,7 @@ class LenVM:
         except BaseException:
             parts.close()
             raise
+        settle_garbage()
         app = create_app(engines, self._settings, parts.metrics, parts.tracing)
         service: Service = app.state.service
         bridge = MetricsBridge(parts.metrics.registry)

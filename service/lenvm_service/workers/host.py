@@ -19,6 +19,7 @@ from lenvm_service.logs import fields
 from lenvm_service.metrics import Metrics
 from lenvm_service.server import loading_problem, settle_garbage
 from lenvm_service.settings import Settings
+from lenvm_service.tracing import Tracing
 from lenvm_service.workers.channel import Channel, error_fields, job_of, result_fields
 
 __all__ = ["WorkerHost"]
@@ -31,7 +32,7 @@ _OVERDUE_S = 10.0  # beyond the drain: a worker that has not ended by then is ki
 # What a worker is told: never the secret, nor the password of Redis.
 _TOLD = (
     "max_body_bytes", "max_batch_rows", "max_candidates", "max_queue_tokens", "default_deadline_ms", "drain_grace_s",
-    "drain_timeout_s", "read_timeout_s", "log_format", "log_level", "api_keys",
+    "drain_timeout_s", "read_timeout_s", "log_format", "log_level", "api_keys", "otel_endpoint",
 )  # fmt: skip
 
 
@@ -109,9 +110,10 @@ class WorkerHost:
         engines: Mapping[str, Engine],
         folders: Mapping[str, Path],
         metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings, self.listener, self.url = settings, listener, url
-        self.engines, self.metrics = dict(engines), metrics
+        self.engines, self.metrics, self.tracing = dict(engines), metrics, tracing
         self.told: list[dict[str, Any]] = self._tell()
         self.greeting: dict[str, Any] = {
             "settings": {name: getattr(settings, name) for name in _TOLD},
@@ -140,7 +142,9 @@ class WorkerHost:
             engine.feedback(*question["feedback"])
             return {}
         jobs = [job_of(told) for told in question["jobs"]]
-        reply = await engine.submit(jobs, deadline=question["deadline"], priority=question["priority"])
+        carrier = question.get("trace", {})
+        with contextlib.nullcontext() if self.tracing is None else self.tracing.attached(carrier):
+            reply = await engine.submit(jobs, deadline=question["deadline"], priority=question["priority"])
         results = [result_fields(result) for result in reply.results]
         return {"results": results, "queue_ms": reply.queue_ms, "inference_ms": reply.inference_ms}
 

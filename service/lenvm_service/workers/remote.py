@@ -25,6 +25,7 @@ from lenvm_service.errors import NotReadyError
 from lenvm_service.logs import configure_logging
 from lenvm_service.server import Server, http_config, settle_garbage
 from lenvm_service.settings import Settings
+from lenvm_service.tracing import Tracing, make_tracing
 from lenvm_service.workers.channel import Channel, RemoteError, job_fields, result_of
 
 __all__ = ["Host", "RemoteEngine", "RemoteMetrics", "main"]
@@ -38,6 +39,7 @@ class Host:
         self.started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.engines: dict[str, RemoteEngine] = {}
         self.gone = False
+        self.tracing: Tracing | None = None
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
@@ -129,7 +131,8 @@ class RemoteEngine:
     ) -> Reply:
         """See ``Engine.submit``; both processes read the same monotonic clock."""
         told = [job_fields(job) for job in jobs]
-        found = await self._host.ask(engine=self.name, jobs=told, deadline=deadline, priority=priority)
+        trace = {} if self._host.tracing is None else {"trace": self._host.tracing.carrier()}
+        found = await self._host.ask(engine=self.name, jobs=told, deadline=deadline, priority=priority, **trace)
         return Reply([result_of(one) for one in found["results"]], found["queue_ms"], found["inference_ms"])
 
     async def feedback(
@@ -216,7 +219,8 @@ async def _serve(listener: socket.socket, link: socket.socket) -> None:
     configure_logging(settings.log_format, settings.log_level)
     host.engines = {name: RemoteEngine(name, Path(folder), host) for name, folder in told["models"].items()}
     metrics = RemoteMetrics(host)
-    app = create_app(host.engines, settings, metrics)
+    host.tracing = make_tracing(settings)
+    app = create_app(host.engines, settings, metrics, host.tracing)
     # One connection at a time: asyncio would take all that wait, and leave none to workers that have nothing to do.
     config = http_config(app, settings, backlog=1)
     server = WorkerServer(config, app.state.service, told["url"], host=host, metrics=metrics)
@@ -224,6 +228,8 @@ async def _serve(listener: socket.socket, link: socket.socket) -> None:
     await server.serve(sockets=[listener])
     metrics.tell()
     host.channel.close()
+    if host.tracing is not None:
+        host.tracing.close()
 
 
 def _path(text: str | None) -> Path | None:
