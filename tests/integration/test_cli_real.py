@@ -77,7 +77,7 @@ def test_generate_is_repeatable_and_guidance_changes_it(checkpoint: Path) -> Non
     assert paper["text_cost"] > 0
     out, err = lenvm(*options, "--equal-to", 12)
     assert "equal_to 12 by posterior" in out
-    assert err == ""
+    assert all(line.startswith("Generating:") for line in err.splitlines())  # progress, where it takes long
 
 
 def test_a_prompt_beyond_the_context_is_one_line(checkpoint: Path) -> None:

@@ -387,7 +387,8 @@ class RedisTier:
             logger.info("%s: prefix states are shared through Redis", self.name)
 
     def _reconnect(self) -> None:
-        """Ask, and measure: a small question and a large one. Raises what redis-py raises."""
+        """Ask, and measure: a small question and a large one. Raises what redis-py raises, and RuntimeError for an
+        answer that Redis would not give."""
         options = self.options
         if self._client is None:
             self._client = connect(options.url, timeout_s=options.lookup_s, connections=_LOOKUP_THREADS + 3)
@@ -395,7 +396,8 @@ class RedisTier:
         trips = []
         for _ in range(3):
             since = time.perf_counter()
-            client.get("lenvm:none")
+            if client.get("lenvm:none") is not None:
+                raise RuntimeError("what answers is no Redis")
             trips.append(time.perf_counter() - since)
         self.costs.forget_transfer()
         self.costs.probed(min(trips))
