@@ -122,11 +122,12 @@ class Bench:
         without = asyncio.run(open_loop(plain.url, texts, **load))
         again = asyncio.run(open_loop(plain.url, texts, **load))
         plain.stop()
-        baseline = without.ms("200", 0.99) or 0.0
+        # The lower one: what slowed a minute without Redis down must not hide what Redis adds.
+        baseline = min(run.ms("200", 0.99) or 0.0 for run in (without, again))
         found: dict[str, Any] = {
             "baseline_p50_ms": without.ms("200", 0.5),
             "baseline_p99_ms": baseline,
-            "baseline_p99_ms_again": again.ms("200", 0.99),
+            "baseline_p99_ms_of_each": [run.ms("200", 0.99) for run in (without, again)],
             "offered_per_s": rate,
             "lookup_ms": LOOKUP_MS,
         }
