@@ -17,7 +17,7 @@ import torch
 from lenvm.paged.kernels import step_attention
 
 torch.manual_seed(0)
-for heads, kv_heads, dim, size in ((9, 3, 64, 32), (6, 2, 16, 16), (4, 4, 32, 64)):
+for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64)):
     pool_k, pool_v = (torch.randn(40, kv_heads, size, dim) for _ in range(2))
     lengths = torch.tensor([0, 5, 3 * size, 4 * size + 3])
     tables = (torch.randperm(39)[:24] + 1).view(4, 6)
@@ -38,9 +38,59 @@ for heads, kv_heads, dim, size in ((9, 3, 64, 32), (6, 2, 16, 16), (4, 4, 32, 64
             want = torch.softmax(q[:, t : t + 1] @ keys.transpose(1, 2) * dim**-0.5, -1) @ values
             torch.testing.assert_close(out[t], want[:, 0], atol=2e-5, rtol=0)
 
+    # Raw products, every row as wide, and more queries than a tile of them holds: rotated inside, and kept.
+    from lenvm.fused import norm, rotate
+    from lenvm.paged.kernels import Rotation, StepScratch, promote_tokens
+
+    for splits in (1, 3):
+        width = 30
+        raw = torch.randn(4 * width, heads + 2 * kv_heads, dim)
+        q, k, v = raw.transpose(0, 1).split([heads, kv_heads, kv_heads])
+        angle = torch.arange(300)[:, None] * 10000 ** (-torch.arange(dim // 2) / (dim // 2))
+        weights = (torch.rand(dim), torch.rand(dim)) if kv_heads == 2 else (None, None)
+        kept = torch.zeros(2, 4 * width, kv_heads, dim)
+        rotation = Rotation(angle.cos(), angle.sin(), *weights, 1e-5, kept[0], kept[1])
+        made = StepScratch.make(4, heads, kv_heads, width, dim, q.device)
+        programs = len(made.counts)
+        block = programs and max(16, min(64, 1 << (width * heads // kv_heads - 1).bit_length()))
+        scratch = StepScratch(
+            splits, torch.empty(programs * splits * block, dim), torch.empty(programs * splits * block, 2), made.counts
+        )
+        out = step_attention(
+            q, k, v, pool_k, pool_v, tables, lengths, None, width, dim**-0.5, scratch, rotation
+        )
+        assert not scratch.counts.any()
+        full = angle[lengths.repeat_interleave(width)][:, None].repeat(1, 1, 2)
+        want_q, want_k = (
+            rotate(x.transpose(0, 1) if w is None else norm(x.transpose(0, 1), w, 1e-5), full.cos(), full.sin())
+            for x, w in zip((q, k), weights)
+        )
+        torch.testing.assert_close(kept[0], want_k, atol=2e-5, rtol=0)
+        torch.testing.assert_close(kept[1], v.transpose(0, 1), atol=0, rtol=0)
+        plain = step_attention(
+            want_q.transpose(0, 1), want_k.transpose(0, 1), v, pool_k, pool_v, tables, lengths,
+            torch.arange(5) * width, width, dim**-0.5,
+        )
+        torch.testing.assert_close(out, plain, atol=5e-5, rtol=0)
+
+    # Candidates of several tensors into the pool of all layers; a row without one leaves it as it is.
+    one, two = (torch.randn(2, 3, n, kv_heads, dim) for n in (5, 9))
+    stack = torch.randn(2, 3, 40, kv_heads, size, dim)
+    want = stack.clone()
+    want[:, :, 7, :, 2], want[:, :, 8, :, size - 1] = one[:, :, 4], two[:, :, 0]
+
+    def source(x, index):
+        first, second = (side.data_ptr() + index * side.stride(1) * 4 for side in x)
+        return [first, second, x.stride(1)]
+
+    rows = [[*source(one, 4), 7, 2], [0] * 5, [*source(two, 0), 8, size - 1]]
+    promote_tokens(torch.tensor(rows), stack[0], stack[1])
+    assert torch.equal(stack, want)
+
     # Storing tokens: some of the new ones, one place each.
     from lenvm.paged.kernels import store_tokens
 
+    k, v = (torch.randn(1, total, kv_heads, dim).transpose(1, 2)[0] for _ in range(2))
     tokens, blocks, offsets = torch.tensor([3, 0]), torch.tensor([5, 39]), torch.tensor([0, size - 1])
     want_k, want_v = pool_k.clone(), pool_v.clone()
     for token, block, offset in zip(tokens, blocks, offsets):

@@ -216,8 +216,6 @@ def test_prompts_and_decoding_steps_part_where_the_kernel_would_be_lost(
     monkeypatch.setattr(type(scorer.pool), "has_step_kernel", True)
     assert list(scorer._chunks(works)) == [[1], [0, 2]]
     monkeypatch.undo()
-    for work in works:
-        scorer.pool.release(work.blocks)
 
 
 def test_a_gpu_that_records_no_graph_is_served_without(
@@ -229,7 +227,7 @@ def test_a_gpu_that_records_no_graph_is_served_without(
         def fits(self, rows: int, width: int) -> bool:
             return True
 
-        def run(self, *_: Any) -> None:
+        def launch(self, *_: Any) -> None:
             raise GraphError("not here")
 
     prefix = ids(6)

@@ -81,6 +81,7 @@ class Plan:
     # The graphed sampler promotes inside its own step: it takes every layer's keys and values as they are, [kv_heads,
     # N, head_dim], without a copy.
     capture_all: bool = False
+    scratch: Any = None  # StepScratch of the step kernel, made for the first layer
 
 
 def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) -> Plan:
@@ -208,10 +209,13 @@ def attend_plan(
         for group in plan.groups:
             out[group.tokens] = _masked_attention(query, keys, values, pool, group, layer, scaling)
     else:
-        from lenvm.paged.kernels import step_attention
+        from lenvm.paged.kernels import StepScratch, step_attention
 
+        if plan.scratch is None:
+            heads, _, dim = query.shape
+            plan.scratch = StepScratch.make(len(plan.tables), heads, len(keys), plan.width, dim, query.device)
         cache = (pool.keys[layer], pool.values[layer], plan.tables, plan.prefix_lens)
-        out = step_attention(query, keys, values, *cache, plan.starts, plan.width, scaling)
+        out = step_attention(query, keys, values, *cache, plan.starts, plan.width, scaling, plan.scratch)
     _store(plan, keys, values, pool.keys[layer], pool.values[layer])
     return out
 

@@ -2,63 +2,204 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["step_attention", "store_tokens"]
+__all__ = ["Rotation", "StepScratch", "promote_tokens", "step_attention", "store_tokens"]
 
-WARPS, STAGES = 4, 3
+_WARPS, _STAGES, _TILE = 4, 2, 64
+_PROGRAMS, _MOST_SPLITS, _MOST_QUERIES = 3, 8, 64
 
 
 @triton.jit
-def _step_kernel(
-    q_ptr, k_ptr, v_ptr, pool_k_ptr, pool_v_ptr, table_ptr, len_ptr, start_ptr, out_ptr, scale,
-    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_pb, stride_ph, stride_table, stride_on,
-    G: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """One program per (row, key head): the row's queries, G heads for each token, share every key and value read."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    m = tl.arange(0, BM)
+def _rotated(x_ptr, swapped_ptr, norm_ptr, cos, sin, real, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Heads ``[BM, D]`` in float32, normed where they are, rotated; a rotation mixes the two halves of a head."""
     d = tl.arange(0, D)
-    first = tl.load(start_ptr + row)
-    token = first + m // G
-    real = (token < tl.load(start_ptr + row + 1))[:, None]
-    q_head = head * G + m % G
-    q = tl.load(q_ptr + q_head[:, None] * stride_qh + token[:, None] * stride_qn + d[None, :], mask=real, other=0.0)
-    length = tl.load(len_ptr + row)
+    x = tl.load(x_ptr, mask=real, other=0.0).to(tl.float32)
+    swapped = tl.load(swapped_ptr, mask=real, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = x * factor * tl.load(norm_ptr + d).to(tl.float32)[None, :]
+        swapped = swapped * factor * tl.load(norm_ptr + (d + D // 2) % D).to(tl.float32)[None, :]
+    return x * cos + swapped * sin
+
+
+@triton.jit
+def _together(part_ptr, stat_ptr, here, parts, BM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+    """The shares' sums over one peak. Unrolled, so that all loads are under way together."""
+    d = tl.arange(0, D)
     peak = tl.full([BM], float("-inf"), tl.float32)
+    for part in tl.static_range(SPLITS):
+        seen = here * 0 + part < parts
+        peak = tl.maximum(peak, tl.load(stat_ptr + 2 * (here + part * BM), mask=seen, other=float("-inf")))
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    place = tl.arange(0, SIZE)
-    for index in range(tl.cdiv(length, SIZE)):
-        # A tile is one whole block: one address to look up, then loads without a mask. What a block holds past the
-        # prefix is stale but finite, and its weight is 0.
-        base = tl.load(table_ptr + row * stride_table + index).to(tl.int64) * stride_pb + head * stride_ph
-        keys = tl.load(pool_k_ptr + base + place[None, :] * D + d[:, None])
-        seen = index * SIZE + place < length
-        scores = tl.where(seen[None, :], tl.dot(q, keys, input_precision="ieee") * scale, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        values = tl.load(pool_v_ptr + base + place[:, None] * D + d[None, :])
-        acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        total = total * shrink + tl.sum(weights, 1)
-        peak = new_peak
-    # The tree mask's diagonal: each candidate sees itself.
-    k_self = tl.load(k_ptr + head * stride_kh + token[:, None] * stride_kn + d[None, :], mask=real, other=0.0)
-    v_self = tl.load(v_ptr + head * stride_vh + token[:, None] * stride_vn + d[None, :], mask=real, other=0.0)
-    score = tl.sum(q.to(tl.float32) * k_self.to(tl.float32), 1) * scale
-    new_peak = tl.maximum(peak, score)
-    shrink = tl.exp2(peak - new_peak)
-    weight = tl.exp2(score - new_peak)
-    acc = (acc * shrink[:, None] + weight[:, None] * v_self.to(tl.float32)) / (total * shrink + weight)[:, None]
-    tl.store(
-        out_ptr + token[:, None] * stride_on + q_head[:, None] * D + d[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=real,
-    )
+    for part in tl.static_range(SPLITS):
+        seen = here * 0 + part < parts
+        there = here + part * BM
+        grow = tl.exp2(tl.load(stat_ptr + 2 * there, mask=seen, other=float("-inf")) - peak)
+        total += grow * tl.load(stat_ptr + 2 * there + 1, mask=seen, other=0.0)
+        its = tl.load(part_ptr + there[:, None] * D + d[None, :], mask=seen[:, None], other=0.0)
+        acc += its * grow[:, None]
+    return acc, total
+
+
+@triton.jit
+def _step_kernel(  # noqa: PLR0915
+    q_ptr, k_ptr, v_ptr, pool_k_ptr, pool_v_ptr, table_ptr, len_ptr, start_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
+    cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kept_k_ptr, kept_v_ptr, scale, eps,
+    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_pb, stride_ph, stride_table, stride_on,
+    G: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, TILES_M: tl.constexpr,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """One program per (row and tile of its queries, key head, share of the prefix): G heads for each token share every
+    key and value read. The last program of a row, tile and head that is done puts the shares together."""
+    row = tl.program_id(0) // TILES_M
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    m = (tl.program_id(0) % TILES_M) * BM + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    place = tl.arange(0, TILE)
+    length = tl.load(len_ptr + row)
+    tiles = tl.cdiv(length, TILE)
+    share = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    parts = tl.maximum(tl.cdiv(tiles, share), 1)  # those that have something to do
+    if part < parts:
+        if WIDTH > 0:
+            token = row * WIDTH + m // G
+            real = (m // G < WIDTH)[:, None]
+        else:
+            token = tl.load(start_ptr + row) + m // G
+            real = (token < tl.load(start_ptr + row + 1))[:, None]
+        q_head = head * G + m % G
+        q_at = q_ptr + q_head[:, None] * stride_qh + token[:, None] * stride_qn
+        k_at = k_ptr + head * stride_kh + token[:, None] * stride_kn
+        if ROTATE:
+            # cos and sin have a number for each half of a head; the first half's partner counts negative.
+            angle = length * (D // 2) + d % (D // 2)
+            cos = tl.load(cos_ptr + angle)[None, :]
+            sin = tl.load(sin_ptr + angle)
+            sin = tl.where(d < D // 2, -sin, sin)[None, :]
+            other = (d + D // 2) % D
+            q = _rotated(q_at + d[None, :], q_at + other[None, :], q_norm_ptr, cos, sin, real, eps, D, NORM)
+            q = q.to(q_ptr.dtype.element_ty)
+        else:
+            q = tl.load(q_at + d[None, :], mask=real, other=0.0)
+        peak = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        if part == 0:
+            # The tree mask's diagonal: each candidate sees itself.
+            v_self = tl.load(v_ptr + head * stride_vh + token[:, None] * stride_vn + d[None, :], mask=real, other=0.0)
+            if ROTATE:
+                k_self = _rotated(k_at + d[None, :], k_at + other[None, :], k_norm_ptr, cos, sin, real, eps, D, NORM)
+                k_self = k_self.to(k_ptr.dtype.element_ty)
+                # Candidates are kept: the one that is chosen is not computed again.
+                kept = (token[:, None] * tl.num_programs(1) + head) * D + d[None, :]
+                tl.store(kept_k_ptr + kept, k_self, mask=real & (m % G == 0)[:, None])
+                tl.store(kept_v_ptr + kept, v_self, mask=real & (m % G == 0)[:, None])
+            else:
+                k_self = tl.load(k_at + d[None, :], mask=real, other=0.0)
+            peak = tl.sum(q.to(tl.float32) * k_self.to(tl.float32), 1) * scale
+            total += 1.0
+            acc = v_self.to(tl.float32)
+        for index in range(part * share, tl.minimum(part * share + share, tiles)):
+            # A tile is whole blocks: loads without a mask. What a block holds past the prefix, and block 0 past the
+            # table's end, is stale but finite, and its weight is 0.
+            at = index * TILE + place
+            block = tl.load(table_ptr + row * stride_table + at // SIZE, mask=at // SIZE < stride_table, other=0)
+            base = block.to(tl.int64) * stride_pb + head * stride_ph + (at % SIZE) * D
+            keys = tl.load(pool_k_ptr + base[None, :] + d[:, None])
+            scores = tl.dot(q, keys, input_precision="ieee") * scale
+            scores = tl.where((at < length)[None, :], scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            values = tl.load(pool_v_ptr + base[:, None] + d[None, :])
+            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+            total = total * shrink + tl.sum(weights, 1)
+            peak = new_peak
+        done = parts == 1
+        if SPLITS > 1:
+            if parts > 1:
+                mine = tl.program_id(0) * tl.num_programs(1) + head
+                here = mine * SPLITS * BM + tl.arange(0, BM)
+                tl.store(part_ptr + (here + part * BM)[:, None] * D + d[None, :], acc)
+                tl.store(stat_ptr + 2 * (here + part * BM), peak)
+                tl.store(stat_ptr + 2 * (here + part * BM) + 1, total)
+                # Every thread's stores, before the one thread that counts.
+                tl.debug_barrier()
+                done = tl.atomic_add(count_ptr + mine, 1, sem="acq_rel") == parts - 1
+                if done:
+                    tl.store(count_ptr + mine, 0)  # for the next layer
+                    acc, total = _together(part_ptr, stat_ptr, here, parts, BM, D, SPLITS)
+        if done:
+            tl.store(
+                out_ptr + token[:, None] * stride_on + q_head[:, None] * D + d[None, :],
+                (acc / total[:, None]).to(out_ptr.dtype.element_ty),
+                mask=real,
+            )
+
+
+@dataclass(frozen=True)
+class StepScratch:
+    """What the shares of a prefix are put together in; one for all layers of a forward, one after another.
+
+    ``parts [programs x splits x BM, D]``, ``stats [programs x splits x BM, 2]`` float32; ``counts [programs]`` int32, 0
+    between layers. Programs: rows x tiles of queries x key heads.
+    """
+
+    splits: int
+    parts: torch.Tensor
+    stats: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: int, heads: int, kv_heads: int, width: int, dim: int, device: torch.device) -> StepScratch:
+        """For so many rows of up to ``width`` tokens."""
+        block, tiles = _query_tiles(width * heads // kv_heads)
+        programs = rows * tiles * kv_heads
+        # Enough programs to fill the device, and no more: shares cost something to put together.
+        splits = max(1, min(_MOST_SPLITS, round(_PROGRAMS * _processors(device) / programs)))
+        places = programs * splits * block if splits > 1 else 1
+        return cls(
+            splits,
+            torch.empty(places, dim, dtype=torch.float32, device=device),
+            torch.empty(places, 2, dtype=torch.float32, device=device),
+            torch.zeros(programs, dtype=torch.int32, device=device),
+        )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def _query_tiles(queries: int) -> tuple[int, int]:
+    """Size of a tile of a row's queries, and how many there are."""
+    block = min(_MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
+    return block, triton.cdiv(queries, block)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What makes queries and keys of a layer's raw products: rotary embedding and, for Qwen3, the norms of heads.
+
+    ``cos``/``sin [context, D / 2]`` float32; a token stands at its row's prefix length. ``kept_keys``/``kept_values
+    [N, kv_heads, D]`` are filled with what the tokens' keys and values are.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    eps: float
+    kept_keys: torch.Tensor
+    kept_values: torch.Tensor
 
 
 def step_attention(
@@ -69,23 +210,43 @@ def step_attention(
     pool_values: torch.Tensor,
     tables: torch.Tensor,
     prefix_lens: torch.Tensor,
-    starts: torch.Tensor,
+    starts: torch.Tensor | None,
     width: int,
     scaling: float,
+    scratch: StepScratch | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
-    """``query [heads, N, D]``, ``keys``/``values [kv_heads, N, D]``, pool ``[blocks, kv_heads, size, D]``,
-    ``tables [B, blocks]``, ``prefix_lens [B]``; row b owns tokens ``starts[b] .. starts[b + 1]``, at most ``width``
-    -> ``[N, heads, D]``: each token sees its row's prefix and itself."""
+    """Attention of a step: each token sees its row's prefix and itself.
+
+    Args:
+        query, keys, values: ``[heads, N, D]``, ``[kv_heads, N, D]`` twice; before the rotation where one is given.
+        pool_keys, pool_values: ``[blocks, kv_heads, size, D]``.
+        tables, prefix_lens: ``[B, blocks]``, ``[B]``.
+        starts: row b owns tokens ``starts[b] .. starts[b + 1]``, at most ``width``; None: exactly ``width`` each.
+        scratch: shared by the layers of one forward.
+
+    Returns:
+        ``[N, heads, D]``.
+    """
     heads, tokens, dim = query.shape
-    kv_heads, rows = keys.shape[0], tables.shape[0]
-    group = heads // kv_heads
+    kv_heads, rows, size = keys.shape[0], tables.shape[0], pool_keys.shape[2]
+    if scratch is None:
+        scratch = StepScratch.make(rows, heads, kv_heads, width, dim, query.device)
+    block, tiles = _query_tiles(width * heads // kv_heads)
     out = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
-    block_m = max(16, triton.next_power_of_2(width * group))
-    _step_kernel[(rows, kv_heads)](
-        query, keys, values, pool_keys, pool_values, tables, prefix_lens, starts, out, scaling * 1.4426950408889634,
+    cos = sin = q_norm = k_norm = kept_keys = kept_values = None
+    if rotation is not None:
+        cos, sin, q_norm, k_norm = rotation.cos, rotation.sin, rotation.q_norm, rotation.k_norm
+        kept_keys, kept_values = rotation.kept_keys, rotation.kept_values
+    _step_kernel[(rows * tiles, kv_heads, scratch.splits)](
+        query, keys, values, pool_keys, pool_values, tables, prefix_lens, starts, out,
+        scratch.parts, scratch.stats, scratch.counts, cos, sin, q_norm, k_norm, kept_keys, kept_values,
+        scaling * 1.4426950408889634, rotation.eps if rotation is not None else 0.0,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         pool_keys.stride(0), pool_keys.stride(1), tables.stride(0), out.stride(0),
-        G=group, D=dim, SIZE=pool_keys.shape[2], BM=block_m, num_warps=WARPS, num_stages=STAGES,
+        G=heads // kv_heads, D=dim, SIZE=size, TILE=max(_TILE, size), BM=block, TILES_M=tiles, SPLITS=scratch.splits,
+        WIDTH=0 if starts is not None else width, ROTATE=rotation is not None, NORM=q_norm is not None,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return out
 
@@ -123,4 +284,38 @@ def store_tokens(
         keys, values, pool_keys, pool_values, tokens, blocks, offsets,
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), pool_keys.stride(0), pool_keys.stride(1),
         HEADS=heads, BH=triton.next_power_of_2(heads), D=dim, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _promote_kernel(
+    from_ptr, pool_k_ptr, pool_v_ptr, stride_pl, stride_pb, stride_ph,
+    HEADS: tl.constexpr, BH: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, layer): the keys and values of the row's chosen candidate, all heads."""
+    row = from_ptr + tl.program_id(0) * 5
+    layer = tl.program_id(1).to(tl.int64)
+    stride = tl.load(row + 2)
+    if stride > 0:
+        h = tl.arange(0, BH)[:, None]
+        d = tl.arange(0, D)[None, :]
+        real = h < HEADS
+        # Every row may come from a tensor of its own.
+        kind = tl.pointer_type(pool_k_ptr.dtype.element_ty)
+        own = layer * stride + h * D + d
+        to = layer * stride_pl + tl.load(row + 3) * stride_pb + h * stride_ph + tl.load(row + 4) * D + d
+        tl.store(pool_k_ptr + to, tl.load(tl.load(row).to(kind) + own, mask=real), mask=real)
+        tl.store(pool_v_ptr + to, tl.load(tl.load(row + 1).to(kind) + own, mask=real), mask=real)
+
+
+def promote_tokens(sources: torch.Tensor, pool_keys: torch.Tensor, pool_values: torch.Tensor) -> None:
+    """Copy one token's keys and values into the pool ``[layers, blocks, kv_heads, size, D]`` for each row.
+
+    ``sources [rows, 5]`` int64: addresses of the token's keys and values in the first layer, elements from one layer
+    to the next (0: nothing to copy), block, offset in the block. In a layer they are ``[kv_heads, D]``, contiguous.
+    """
+    layers, _, heads, _, dim = pool_keys.shape
+    _promote_kernel[(len(sources), layers)](
+        sources, pool_keys, pool_values, pool_keys.stride(0), pool_keys.stride(1), pool_keys.stride(2),
+        HEADS=heads, BH=triton.next_power_of_2(heads), D=dim, num_warps=4,
     )  # fmt: skip

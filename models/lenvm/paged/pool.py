@@ -94,6 +94,13 @@ class BlockPool:
         return self.device.type == "cuda" and self.shape.suits_kernel
 
     @property
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all layers, ``[layers, blocks, kv_heads, block_size, head_dim]``; only of a pool that does
+        not grow."""
+        assert self._whole is not None
+        return self._whole
+
+    @property
     def free_blocks(self) -> int:
         """Blocks that can still be handed out, growth included."""
         return len(self._free) + self.max_blocks - self.num_blocks
@@ -139,14 +146,16 @@ class BlockPool:
 
     def retain(self, blocks: Iterable[int]) -> None:
         """Add one reference to each block."""
+        references = self._references
         for block in blocks:
-            self._references[block] += 1
+            references[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
         """Drop one reference of each block; a block without references is free again."""
+        references = self._references
         for block in blocks:
-            self._references[block] -= 1
-            if self._references[block] == 0:
+            references[block] -= 1
+            if references[block] == 0:
                 self._free.append(block)
 
     def fork(
@@ -177,6 +186,15 @@ class BlockPool:
         for index in range(length // self.block_size, len(child)) if count else ():
             self._filled[child[index]] = min(self.block_size, length + count - index * self.block_size)
         return child
+
+    def advance(self, blocks: Sequence[int], length: int) -> bool:
+        """Take the place after a state's ``length`` tokens, in its last block, for a child with the same blocks. False
+        where there is none, or where another child has it: this one must be forked."""
+        used = length % self.block_size
+        if used == 0 or self._filled[blocks[-1]] != used:
+            return False
+        self._filled[blocks[-1]] = used + 1
+        return True
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, ``(source, target)`` each, all of them together."""

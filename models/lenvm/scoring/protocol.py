@@ -35,7 +35,7 @@ class PrefixState(Protocol):
         """Let go of the cached keys and values. A closed state cannot be scored again."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ScoreRow:
     """One row of a call: go on from ``state`` (None: from nothing) with ``append``, then score ``candidates``.
 
@@ -48,7 +48,7 @@ class ScoreRow:
     values_from: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RowScore:
     """Answer of a row. ``T`` = scored places of ``append`` (1 unless ``values_from`` was given), ``K`` candidates."""
 

@@ -1,29 +1,30 @@
-"""A decoding step of the scorer as one CUDA graph: every row's candidates over its paged prefix, one launch for all.
+"""A decoding step of the scorer as one CUDA graph: chosen candidates into the pool, then every row's new candidates
+over its paged prefix, one launch for all.
 
 A step is a few hundred small kernels: launched one by one they cost more than the GPU takes for them. Shapes are
-rounded up to buckets, each with a graph of its own that is captured when it is first needed; the pieces between two
-attentions are compiled once for all of them.
+rounded up to buckets, each with a graph of its own that is captured when it is first needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lenvm.decoding.device_step import captured
-from lenvm.decoding.step_decoder import StepDecoder
 from lenvm.modeling import LengthValueModel
 from lenvm.paged import BlockPool
-from lenvm.paged.attention import Plan
+from lenvm.scoring.step_layers import HeadProduct, StepLayers
 
-__all__ = ["GraphError", "StepGraphs", "StepNumbers"]
+__all__ = ["NO_PROMOTION", "GraphError", "StepGraphs", "StepNumbers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_WIDTHS = (4, 8, 16, 24, 32, 64)  # not 1: a compiler makes code of its own for one token
+_WIDTHS = (1, 4, 8, 16, 24, 32, 64)
+NO_PROMOTION = (0, 0, 0, 0, 0)
 
 
 class GraphError(RuntimeError):
@@ -32,24 +33,29 @@ class GraphError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What a step gives: ``numbers [rows, width, 1 + n]`` (value logit, bin log-probs; float64), and ``keys`` and
-    ``values [layers, rows x width, kv_heads, head_dim]`` of all candidates, of which a row owns ``width`` places."""
+    """What a step gives, once :meth:`wait` has returned: ``numbers [rows, width, 1 + n]`` (value logit, bin log-probs;
+    float64). ``kept [2, layers, rows x width, kv_heads, head_dim]``: keys and values of all candidates, of which a row
+    owns ``width`` places."""
 
     numbers: NDArray[np.float64]
-    keys: torch.Tensor
-    values: torch.Tensor
+    kept: torch.Tensor
     width: int
+    graph: _StepGraph
+
+    def wait(self) -> None:
+        """Until the numbers are there."""
+        if self.graph.done is not None:
+            self.graph.done.synchronize()
+        np.copyto(self.numbers.reshape(len(self.graph.host_numbers), -1), self.graph.host_numbers)
 
 
 class StepGraphs:
-    """The graphs of one model and its pool, whose tensors must never move.
+    """The graphs of one model and its pool, whose tensors must never move."""
 
-    Args:
-        decoder: the fused decoder, compiled for any number of tokens.
-    """
-
-    def __init__(self, model: LengthValueModel, pool: BlockPool, decoder: StepDecoder) -> None:
-        self.model, self.pool, self.decoder = model, pool, decoder
+    def __init__(self, model: LengthValueModel, pool: BlockPool, layers: StepLayers) -> None:
+        self.model, self.pool, self.layers = model, pool, layers
+        on_units = pool.device.type == "cuda" and model.dtype == torch.bfloat16
+        self.head = HeadProduct(model.head) if on_units else model.head
         self._graphs: dict[tuple[int, int], _StepGraph] = {}
 
     @staticmethod
@@ -57,85 +63,105 @@ class StepGraphs:
         """Whether there is a bucket for so many rows of so many candidates."""
         return 0 < rows <= _ROWS[-1] and 0 < width <= _WIDTHS[-1]
 
-    def run(
-        self, blocks: Sequence[Sequence[int]], lengths: Sequence[int], candidates: Sequence[Sequence[int]]
+    def launch(
+        self,
+        blocks: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        candidates: Sequence[Sequence[int]],
+        promotions: Sequence[tuple[int, int, int, int, int]],
     ) -> StepNumbers:
-        """Score each row's candidates after its prefix of ``lengths[row]`` tokens, which lie in ``blocks[row]``.
+        """Score each row's candidates after its prefix of ``lengths[row]`` tokens, which lie in ``blocks[row]``, after
+        copying what ``promotions`` say (``lenvm.paged.kernels.promote_tokens``; one each). The numbers are there after
+        ``wait``, before which no other step may be launched.
 
         Raises:
-            GraphError: the step cannot be recorded here. What goes wrong in a replay is raised as it is.
+            GraphError: the step cannot be recorded here; nothing is done. What goes wrong in a replay is raised as it
+                is.
         """
         rows = next(size for size in _ROWS if size >= len(lengths))
         width = next(size for size in _WIDTHS if size >= max(map(len, candidates)))
         graph = self._graphs.get((rows, width))
         if graph is None:
             try:
-                graph = self._graphs[rows, width] = _StepGraph(self.model, self.pool, self.decoder, rows, width)
+                graph = self._graphs[rows, width] = _StepGraph(self, rows, width)
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise GraphError(f"a step of {rows} x {width} candidates was not recorded: {error}") from error
-        return graph.run(blocks, lengths, candidates)
+        return graph.launch(blocks, lengths, candidates, promotions)
 
 
 class _StepGraph:
     """Static buffers for ``rows`` rows of ``width`` candidates and the step that reads and fills them."""
 
-    def __init__(self, model: LengthValueModel, pool: BlockPool, decoder: StepDecoder, rows: int, width: int) -> None:
-        self.model, self.pool, self.decoder = model, pool, decoder
-        self.rows, self.width = rows, width
+    def __init__(self, steps: StepGraphs, rows: int, width: int) -> None:
+        self.steps, self.rows, self.width = steps, rows, width
+        pool = self.pool = steps.pool
         device, on_gpu = pool.device, pool.device.type == "cuda"
-        columns = pool.blocks_for(model.context)
-        # One buffer and one copy from the host: a row is its prefix's length, its candidates and its blocks.
-        self.sent = torch.zeros(rows, 1 + width + columns, dtype=torch.int32, pin_memory=on_gpu)
+        columns = pool.blocks_for(steps.model.context)
+        # One buffer and one copy from the host: promotions (int64), then for each row the length of its prefix, its
+        # candidates and its blocks (int32).
+        parts = (rows * 5 * 8, rows * (1 + width + columns) * 4)
+        self.sent = torch.zeros(sum(parts), dtype=torch.uint8, pin_memory=on_gpu)
         self.inputs = self.sent.to(device)
-        self.host: NDArray[np.int32] = self.sent.numpy()
-        self.starts = torch.arange(rows + 1, device=device) * width
+
+        def views(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            first, second = buffer.split(parts)
+            return first.view(torch.int64).view(rows, 5), second.view(torch.int32).view(rows, -1)
+
+        self.promotions, self.table = views(self.inputs)
+        self.host_promotions, self.host = (part.numpy() for part in views(self.sent))
+        self.written: list[Sequence[int]] = [()] * rows  # the blocks that stand in the host's buffer
+        shape = pool.shape
+        self.kept = torch.zeros(
+            2, shape.layers, rows * width, shape.kv_heads, shape.head_dim, dtype=pool.dtype, device=device
+        )
         self.step = captured(self._step) if on_gpu else self._step
         if not on_gpu:
             self._step()
         self.received = torch.empty(self.numbers.shape, dtype=self.numbers.dtype, pin_memory=on_gpu)
+        self.host_numbers: NDArray[np.float32] = self.received.numpy()
         self.done = torch.cuda.Event() if on_gpu else None
 
     def _step(self) -> None:
-        lengths = self.inputs[:, 0].long()
-        ids = self.inputs[:, 1 : 1 + self.width].reshape(-1).long()
-        positions = lengths.repeat_interleave(self.width, output_size=self.rows * self.width)
-        plan = Plan(
-            pool=self.pool,
-            input_ids=ids,
-            positions=positions,
-            write_tokens=None,
-            write_blocks=None,
-            write_offsets=None,
-            tables=self.inputs[:, 1 + self.width :],
-            prefix_lens=lengths,
-            starts=self.starts,
-            width=self.width,
-            capture_all=True,
-        )
-        head = self.model.head(self.decoder(ids, positions, plan))
+        from lenvm.paged.kernels import promote_tokens
+
+        promote_tokens(self.promotions, *self.pool.stacked)
+        lengths, first = self.table[:, 0].contiguous(), 1 + self.width
+        ids = self.table[:, 1:first].reshape(-1)
+        head = self.steps.head(self.steps.layers(ids, lengths, self.table[:, first:], self.pool, self.kept))
         parts = [head.logits[:, None]] if head.bin_logprobs is None else [head.logits[:, None], head.bin_logprobs]
         self.numbers = torch.cat(parts, dim=-1)
-        self.keys, self.values = torch.stack(plan.captured_keys), torch.stack(plan.captured_values)
 
-    def run(
-        self, blocks: Sequence[Sequence[int]], lengths: Sequence[int], candidates: Sequence[Sequence[int]]
+    def launch(
+        self,
+        blocks: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        candidates: Sequence[Sequence[int]],
+        promotions: Sequence[tuple[int, int, int, int, int]],
     ) -> StepNumbers:
-        """See :meth:`StepGraphs.run`. Rows that nobody asked for have no prefix."""
-        host, first = self.host, 1 + self.width
-        host[len(lengths) :, 0] = 0
-        host[: len(lengths), 0] = lengths
-        for row, (own, ids) in enumerate(zip(blocks, candidates, strict=True)):
-            host[row, 1 : 1 + len(ids)] = ids
-            host[row, first : first + len(own)] = own
+        """See :meth:`StepGraphs.launch`. Rows that nobody asked for have no prefix."""
+        host, count, first, width = self.host, len(lengths), 1 + self.width, len(candidates[0])
+        host[:count, 0] = lengths
+        host[count:, 0] = 0
+        self.host_promotions[:count] = promotions
+        self.host_promotions[count:] = 0
+        if all(len(ids) == width for ids in candidates):
+            host[:count, 1 : 1 + width] = np.fromiter(chain.from_iterable(candidates), np.int32).reshape(count, width)
+        else:
+            for row, ids in enumerate(candidates):
+                host[row, 1 : 1 + len(ids)] = ids
+        for row, own in enumerate(blocks):
+            # A sequence seldom takes a new block, and then only its last one is new.
+            if self.written[row] != own:
+                host[row, first : first + len(own)] = own
+                self.written[row] = own
         self.inputs.copy_(self.sent, non_blocking=True)
         self.step()
-        # The next replay fills these buffers anew, and states keep what they were scored with.
-        keys, values = self.keys.clone(), self.values.clone()
         self.received.copy_(self.numbers, non_blocking=True)
         if self.done is not None:
             self.done.record()
-            self.done.synchronize()
-        numbers = self.received.numpy().astype(np.float64).reshape(self.rows, self.width, -1)
-        return StepNumbers(numbers, keys.transpose(1, 2), values.transpose(1, 2), self.width)
+        # The next replay fills the buffer anew, and states keep what they were scored with. Nobody waits for this.
+        kept = self.kept.clone()
+        numbers = np.empty((self.rows, self.width, self.host_numbers.shape[-1]))
+        return StepNumbers(numbers, kept, self.width, self)

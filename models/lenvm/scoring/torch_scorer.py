@@ -6,7 +6,8 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -39,19 +40,33 @@ class _Capture:
     does not keep its whole call alive, the scorer compacts a capture that has lost half of its users.
     """
 
+    __slots__ = ("__weakref__", "_addresses", "keys", "users", "values")
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys, self.values = keys, values  # [layers, candidates of the call, kv_heads, head_dim]
-        self.users: weakref.WeakSet[_Scored] = weakref.WeakSet()
-        self.rows = 0  # users that the tensors were made for
+        self.users: list[weakref.ref[_Scored]] = []
+        self._addresses: tuple[int, int, int, int] | None = None
 
-    def compact(self) -> None:
+    def left(self) -> list[_Scored]:
+        """The users that are still there."""
+        return [user for reference in self.users if (user := reference()) is not None]
+
+    def source(self, index: int) -> tuple[int, int, int]:
+        """Addresses of a candidate's keys and values in the first layer, and elements from one layer to the next."""
+        if self._addresses is None:
+            keys, values = self.keys, self.values
+            self._addresses = keys.data_ptr(), values.data_ptr(), keys.stride(1) * keys.itemsize, keys.stride(0)
+        first, second, token, layer = self._addresses
+        return first + index * token, second + index * token, layer
+
+    def compact(self, left: Sequence[_Scored]) -> None:
         """Keep the candidates of the users that are left."""
-        left = list(self.users)
         if not left:
             return
         kept = np.concatenate([user.first + np.arange(len(user.ids)) for user in left])
         at = torch.from_numpy(kept).to(self.keys.device)
-        self.keys, self.values, self.rows = self.keys[:, at], self.values[:, at], len(left)
+        self.keys, self.values, self._addresses = self.keys[:, at], self.values[:, at], None
+        self.users = [weakref.ref(user) for user in left]
         first = 0
         for user in left:
             user.first = first
@@ -60,7 +75,7 @@ class _Capture:
             user.bin_logprobs = None if user.bin_logprobs is None else user.bin_logprobs.copy()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class _Scored:
     """Candidates that a state was last scored with, so that the one that is chosen need not be computed again."""
 
@@ -71,38 +86,74 @@ class _Scored:
     first: int  # of its candidates in the capture
 
 
+class _Held:
+    """Blocks with a reference each, which go when nobody holds this any more. States of one length of blocks share it,
+    so that a decoding step counts no references."""
+
+    __slots__ = ("blocks", "pool")
+
+    def __init__(self, pool: BlockPool, blocks: list[int]) -> None:
+        self.pool, self.blocks = pool, blocks
+
+    # Not weakref.finalize, which takes longer than all else that a row of a step costs.
+    def __del__(self) -> None:
+        self.pool.release(self.blocks)
+
+
 class TorchState:
     """A prefix in the block pool: :class:`lenvm.scoring.PrefixState`."""
 
-    def __init__(
-        self, pool: BlockPool, blocks: list[int], length: int, logit: float, bin_logprobs: NDArray[np.float64] | None
-    ) -> None:
+    __slots__ = ("__weakref__", "bin_logprobs", "held", "length", "logit", "pool", "scored")
+
+    def __init__(self, held: _Held, length: int, logit: float, bin_logprobs: NDArray[np.float64] | None) -> None:
         self.length, self.logit, self.bin_logprobs = length, logit, bin_logprobs
-        self.pool, self.blocks = pool, blocks
+        self.pool = held.pool
+        self.held: _Held | None = held
         self.scored: _Scored | None = None
-        self._finalizer = weakref.finalize(self, pool.release, blocks)
 
     @property
     def closed(self) -> bool:
         """True once :meth:`close` was called."""
-        return not self._finalizer.alive
+        return self.held is None
 
     def close(self) -> None:
         """Give the blocks back; a second call does nothing."""
-        self._finalizer()
-        self.scored = None
+        self.held = self.scored = None
 
 
-@dataclass
+class _Promotion(NamedTuple):
+    """The first token that a row appends was a candidate of its state."""
+
+    row: int
+    capture: _Capture
+    candidate: int  # in the capture
+    place: tuple[int, int]  # block and offset
+
+
+@dataclass(slots=True)
 class _Work:
     """A row on its way through a call."""
 
     row: ScoreRow
-    blocks: list[int]
+    held: _Held | None  # None once the call has failed
     length: int  # tokens of the prefix that are in the pool
     tail: list[int]
     logit: float
     bin_logprobs: NDArray[np.float64] | None
+
+    def taken(self) -> _Held:
+        """What the row's new state holds."""
+        assert self.held is not None
+        return self.held
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks of the new state."""
+        return self.taken().blocks
+
+    def as_row(self) -> Row:
+        """For a packed forward."""
+        return Row(self.blocks, self.length, self.tail, self.row.candidates)
 
     @property
     def first_value(self) -> int:
@@ -172,10 +223,12 @@ class TorchScorer:
         """Run our own fused decoder, and decoding steps as graphs."""
         from lenvm.decoding.step_decoder import StepDecoder
         from lenvm.scoring.step_graph import StepGraphs
+        from lenvm.scoring.step_layers import StepLayers
 
         self._decoder = StepDecoder(self.model.decoder, compiled=compiled, dynamic=True)
-        if self._decoder.fused is not None:
-            self._steps = StepGraphs(self.model, self.pool, self._decoder)
+        fused = self._decoder.fused
+        if fused is not None and StepLayers.suits(self.model.decoder, fused):
+            self._steps = StepGraphs(self.model, self.pool, StepLayers(self.model.decoder, fused, self._context))
 
     @property
     def gamma(self) -> float:
@@ -217,21 +270,44 @@ class TorchScorer:
             StateClosedError: a row's state was closed.
             PoolExhaustedError: the pool of prefix states is full. Nothing is left half done.
         """
-        for row in rows:
-            self.check(row)
+        self._check(rows)
         self._compact()
         works: list[_Work] = []
         results: dict[int, RowScore] = {}
         try:
-            self._begin(rows, works)
+            promotions = self._begin(rows, works)
+            if self._step(works, promotions, results):
+                return list(results.values())
+            self._promote(promotions)
             for chunk in self._chunks(works):
                 results.update(zip(chunk, self._forward([works[i] for i in chunk]), strict=True))
         except BaseException:
-            for index, work in enumerate(works):
-                if index not in results:
-                    self.pool.release(work.blocks)
+            # At once, and not when whoever catches this lets go of its frames.
+            for work in works:
+                work.held = None
+            for score in results.values():
+                score.state.close()
             raise
         return [results[index] for index in range(len(rows))]
+
+    def _check(self, rows: Sequence[ScoreRow]) -> None:
+        """:meth:`check` of all rows; ids are looked at together, and rows only where something is wrong with one."""
+        ids = [*chain.from_iterable(row.candidates for row in rows), *chain.from_iterable(row.append for row in rows)]
+        fine = not ids or (min(ids) >= 0 and max(ids) < self._vocab_size)
+        pool = self.pool
+        for row in rows:
+            state, new = row.state, len(row.append) + 1
+            # Whether one more token fits is for `check` to say: here the rare row is let through to it.
+            good = (
+                fine
+                and isinstance(state, TorchState)
+                and state.held is not None
+                and state.pool is pool
+                and row.values_from is None
+                and state.length + new <= self._context
+            )
+            if not good:
+                self.check(row)
 
     def check(self, row: ScoreRow) -> None:
         """Raise what :meth:`score` would raise for this row (a full pool apart), and compute nothing.
@@ -259,7 +335,8 @@ class TorchScorer:
     def blocks(self, state: PrefixState, first: int = 0) -> list[StateBlock]:
         """The state's full blocks from number ``first`` on; see :class:`lenvm.scoring.Scorer`."""
         assert isinstance(state, TorchState)
-        held = state.blocks[first : state.length // self.pool.block_size]
+        assert state.held is not None
+        held = state.held.blocks[first : state.length // self.pool.block_size]
         self.pool.retain(held)
         return [StateBlock(self.pool, [block]) for block in held]
 
@@ -267,7 +344,7 @@ class TorchScorer:
         """The state after these blocks, its value not known; see :class:`lenvm.scoring.Scorer`."""
         places = [place for block in blocks for place in block.places]
         self.pool.retain(places)
-        return TorchState(self.pool, places, len(places) * self.pool.block_size, float("nan"), None)
+        return TorchState(_Held(self.pool, places), len(places) * self.pool.block_size, float("nan"), None)
 
     @torch.inference_mode()
     def dump(self, blocks: Sequence[StateBlock]) -> list[NDArray[np.uint8]]:
@@ -291,47 +368,55 @@ class TorchScorer:
     def _compact(self) -> None:
         # Here and not when a state goes: in a decoding loop all users of the last call go, and nothing is copied.
         for capture in list(self._captures):
-            if 2 * len(capture.users) <= capture.rows:
-                capture.compact()
+            left = capture.left()
+            if 2 * len(left) <= len(capture.users):
+                capture.compact(left)
 
-    def _begin(self, rows: Sequence[ScoreRow], works: list[_Work]) -> None:
-        """Blocks for the new states, noted in ``works`` as they are taken; a first appended token that the state was
-        scored with is promoted. Device work is done once a call, not once a row."""
+    def _begin(self, rows: Sequence[ScoreRow], works: list[_Work]) -> list[_Promotion]:
+        """Blocks for the new states, noted in ``works`` as they are taken. A first appended token that the state was
+        scored with is not to be computed: what is to be copied for it is returned."""
         copies: list[tuple[int, int]] = []
-        promoted: dict[_Capture, list[tuple[int, tuple[int, int]]]] = {}
+        promotions = []
+        pool = self.pool
         for row in rows:
             tail = list(row.append)
             state = row.state
             if state is None:
-                works.append(_Work(row, self.pool.fork([], 0, len(tail)), 0, tail, float("nan"), None))
+                works.append(_Work(row, _Held(pool, pool.fork([], 0, len(tail))), 0, tail, float("nan"), None))
                 continue
             assert isinstance(state, TorchState)
-            blocks = self.pool.fork(state.blocks, state.length, len(tail), copies)
-            work = _Work(row, blocks, state.length, tail, state.logit, state.bin_logprobs)
+            assert state.held is not None
+            held = state.held
+            if tail and not (len(tail) == 1 and pool.advance(held.blocks, state.length)):
+                held = _Held(pool, pool.fork(held.blocks, state.length, len(tail), copies))
+            work = _Work(row, held, state.length, tail, state.logit, state.bin_logprobs)
             works.append(work)
             scored = state.scored
             if tail and row.values_from is None and scored is not None and tail[0] in scored.ids:
                 at = scored.ids.index(tail.pop(0))
-                place = self.pool.slot(blocks, state.length)
-                promoted.setdefault(scored.capture, []).append((scored.first + at, place))
+                place = pool.slot(held.blocks, state.length)
+                promotions.append(_Promotion(len(works) - 1, scored.capture, scored.first + at, place))
                 work.length += 1
                 work.logit = float(scored.logits[at])
                 work.bin_logprobs = None if scored.bin_logprobs is None else scored.bin_logprobs[at]
-        self.pool.copy(copies)
-        self._promote(promoted)
+        pool.copy(copies)
+        self.stats.promoted += len(promotions)
+        return promotions
 
-    def _promote(self, promoted: dict[_Capture, list[tuple[int, tuple[int, int]]]]) -> None:
-        """Copy chosen candidates' keys and values into the pool: for each capture (index, (block, offset)) pairs."""
-        if not promoted:
+    def _promote(self, promotions: Sequence[_Promotion]) -> None:
+        """Copy chosen candidates' keys and values into the pool."""
+        if not promotions:
             return
+        of: dict[_Capture, list[_Promotion]] = {}
+        for promotion in promotions:
+            of.setdefault(promotion.capture, []).append(promotion)
         keys, values, slots = [], [], []
-        for capture, pairs in promoted.items():
-            at = torch.tensor([index for index, _ in pairs], device=capture.keys.device)
+        for capture, its in of.items():
+            at = torch.tensor([promotion.candidate for promotion in its], device=capture.keys.device)
             keys.append(capture.keys[:, at])
             values.append(capture.values[:, at])
-            slots += [place for _, place in pairs]
+            slots += [promotion.place for promotion in its]
         self.pool.write(slots, torch.cat(keys, dim=1), torch.cat(values, dim=1))
-        self.stats.promoted += len(slots)
 
     def _chunks(self, works: Sequence[_Work]) -> Iterator[list[int]]:
         """Split a call so that each forward takes at most the token budget (or one row)."""
@@ -355,11 +440,7 @@ class TorchScorer:
         active = [work for work in works if work.new_tokens]
         if not active:
             return [self._finish(work, None, None, 0) for work in works]
-        if self._steps is not None and len(active) == len(works) and not any(work.tail for work in works):
-            if self._steps.fits(len(works), max(work.new_tokens for work in works)):
-                if (step := self._launch(works, self._steps)) is not None:
-                    return self._stepped(works, step)
-        plan = build_plan(self.pool, [Row(work.blocks, work.length, work.tail, work.row.candidates) for work in active])
+        plan = build_plan(self.pool, [work.as_row() for work in active])
         hidden = self._hidden(plan)
         # The places whose values are wanted: of a tail those from ``first_value`` on, and every candidate.
         sizes = np.array([work.new_tokens for work in active])
@@ -395,51 +476,58 @@ class TorchScorer:
             return self._decoder(plan.input_ids, plan.positions, plan)
         return packed_forward(self.model.decoder, plan)
 
-    def _launch(self, works: Sequence[_Work], steps: StepGraphs) -> StepNumbers | None:
-        """Candidates alone, by one graph; None where this GPU or driver would not record it, now and for good."""
-        from lenvm.scoring.step_graph import GraphError
+    def _step(self, works: Sequence[_Work], promotions: Sequence[_Promotion], results: dict[int, RowScore]) -> bool:
+        """Candidates alone, by one graph, into ``results``. False where this is no such call, or where this GPU or
+        driver would not record it (for good); nothing is done then."""
+        from lenvm.scoring.step_graph import NO_PROMOTION, GraphError
 
+        steps, widest = self._steps, 0
+        if steps is None:
+            return False
+        for work in works:
+            count = len(work.row.candidates)
+            if work.tail or not count:
+                return False
+            widest = max(widest, count)
+        if not steps.fits(len(works), widest):
+            return False
+        sources = [NO_PROMOTION] * len(works)
+        for promotion in promotions:
+            sources[promotion.row] = (*promotion.capture.source(promotion.candidate), *promotion.place)
         blocks, lengths = [work.blocks for work in works], [work.length for work in works]
         try:
-            return steps.run(blocks, lengths, [work.row.candidates for work in works])
+            step = steps.launch(blocks, lengths, [work.row.candidates for work in works], sources)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
-            return None
+            return False
+        # The answers are put together while the device is at work: views of numbers that are not there yet.
+        self._answers(works, step, results)
+        step.wait()
+        return True
 
-    def _stepped(self, works: Sequence[_Work], step: StepNumbers) -> list[RowScore]:
-        """The answers of a step."""
-        self._count(sum(work.new_tokens for work in works))
-        capture = _Capture(step.keys, step.values)
+    def _answers(self, works: Sequence[_Work], step: StepNumbers, results: dict[int, RowScore]) -> None:
+        self._count(sum(len(work.row.candidates) for work in works))
+        capture = _Capture(step.kept[0], step.kept[1])
         has_bins = self.bins is not None
-        results = []
+        all_logits, all_bins = step.numbers[:, :, 0], step.numbers[:, :, 1:]
         for row, work in enumerate(works):
             ids = tuple(work.row.candidates)
-            logits = step.numbers[row, : len(ids), 0]
-            bins = step.numbers[row, : len(ids), 1:] if has_bins else None
-            state = TorchState(self.pool, work.blocks, work.length, work.logit, work.bin_logprobs)
-            state.scored = _Scored(ids, logits, bins, capture, row * step.width)
-            capture.users.add(state.scored)
-            results.append(
-                RowScore(
-                    state=state,
-                    logits=np.array([work.logit]),
-                    bin_logprobs=None if work.bin_logprobs is None else work.bin_logprobs[None],
-                    candidate_logits=logits,
-                    candidate_bin_logprobs=bins,
-                    cached_tokens=work.length,
-                )
-            )
+            logits = all_logits[row, : len(ids)]
+            bins = all_bins[row, : len(ids)] if has_bins else None
+            state = TorchState(work.taken(), work.length, work.logit, work.bin_logprobs)
+            scored = state.scored = _Scored(ids, logits, bins, capture, row * step.width)
+            capture.users.append(weakref.ref(scored))
+            own = None if work.bin_logprobs is None else work.bin_logprobs[None]
+            results[row] = RowScore(state, np.array([work.logit]), own, logits, bins, work.length)
         self._keep(capture)
-        return results
 
     def _count(self, tokens: int) -> None:
         self.stats.forwards += 1
         self.stats.tokens += tokens
 
     def _keep(self, capture: _Capture) -> None:
-        capture.rows = len(capture.users)
-        if capture.rows > 1:
+        if len(capture.users) > 1:
             self._captures.add(capture)
 
     def _finish(
@@ -457,11 +545,11 @@ class TorchScorer:
             own = np.concatenate([[work.logit], bins])[None]
         # A copy: a handle that lives long must not keep all numbers of its call alive.
         logit, bin_logprobs = float(own[-1, 0]), own[-1, 1:].copy() if has_bins else None
-        state = TorchState(self.pool, work.blocks, work.length + len(work.tail), logit, bin_logprobs)
+        state = TorchState(work.taken(), work.length + len(work.tail), logit, bin_logprobs)
         candidate_bins = others[:, 1:] if has_bins else None
         if count and capture is not None:
             state.scored = _Scored(tuple(work.row.candidates), others[:, 0], candidate_bins, capture, first)
-            capture.users.add(state.scored)
+            capture.users.append(weakref.ref(state.scored))
         return RowScore(
             state=state,
             logits=own[:, 0],

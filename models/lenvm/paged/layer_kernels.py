@@ -1,0 +1,60 @@
+"""Triton kernels of what stands between the products of a decoder layer.
+
+A step of a few hundred tokens is over in a millisecond: a norm or an activation of the compiler's, made for any shape,
+then takes as long as a product. These read and write each number once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["add_norm", "silu_product"]
+
+
+@triton.jit
+def _add_norm_kernel(x_ptr, delta_ptr, norm_ptr, out_ptr, K, eps, ADD: tl.constexpr, BK: tl.constexpr):
+    """One program per token."""
+    k = tl.arange(0, BK)
+    at = tl.program_id(0).to(tl.int64) * K + k
+    real = k < K
+    x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
+    if ADD:
+        # Rounded as a residual stream in this precision is: the norm reads what the next layer will read.
+        total = (x + tl.load(delta_ptr + at, mask=real, other=0.0).to(tl.float32)).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + at, total, mask=real)
+        x = total.to(tl.float32)
+    x = (x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, x * tl.load(norm_ptr + k, mask=real), mask=real)
+
+
+def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``hidden += delta`` in place, and its RMSNorm: ``[N, H] -> [N, H]``."""
+    out = torch.empty_like(hidden)
+    tokens, width = hidden.shape
+    _add_norm_kernel[(tokens,)](
+        hidden, delta, weight, out, width, eps,
+        ADD=delta is not None, BK=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _silu_kernel(x_ptr, out_ptr, INNER, BN: tl.constexpr):
+    """One program per (tile of the inner width, token)."""
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    real = n < INNER
+    gate = tl.load(x_ptr + row * 2 * INNER + n, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * INNER + INNER + n, mask=real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * INNER + n, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=real)
+
+
+def silu_product(both: torch.Tensor) -> torch.Tensor:
+    """``[N, 2 I]``, gate before up -> ``silu(gate) * up``, ``[N, I]``."""
+    tokens, inner = both.shape[0], both.shape[1] // 2
+    out = torch.empty(tokens, inner, dtype=both.dtype, device=both.device)
+    bn = min(2048, triton.next_power_of_2(inner))
+    _silu_kernel[(triton.cdiv(inner, bn), tokens)](both, out, inner, BN=bn, num_warps=4)
+    return out

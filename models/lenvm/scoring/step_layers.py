@@ -1,0 +1,89 @@
+"""A decoder's layers over the candidates of a step: five kernels and four products a layer, nothing compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from lenvm.fused import FusedWeights
+from lenvm.modeling import HeadOutput, ValueHead
+from lenvm.paged import BlockPool
+
+__all__ = ["HeadProduct", "StepLayers"]
+
+_PLAIN_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not hang on how long the sequence is
+
+
+class StepLayers:
+    """Last hidden states of candidates, each at the position after its row's prefix.
+
+    Args:
+        fused: the weights of ``decoder``.
+        context: positions are below this.
+    """
+
+    def __init__(self, decoder: Any, fused: FusedWeights, context: int) -> None:
+        self.fused = fused
+        places = torch.arange(context, device=fused.embedding.device)[None]
+        like = torch.zeros(1, dtype=torch.float32, device=fused.embedding.device)
+        cos, sin = decoder.rotary_emb(like, position_ids=places)
+        half = fused.spec.head_dim // 2
+        self.cos, self.sin = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+    @staticmethod
+    def suits(decoder: Any, fused: FusedWeights | None) -> bool:
+        """Whether this decoder can be run so."""
+        rotary: Any = getattr(decoder, "rotary_emb", None)
+        return (
+            fused is not None
+            and getattr(rotary, "rope_type", None) in _PLAIN_ROTATIONS
+            and 2 * rotary.inv_freq.numel() == fused.spec.head_dim
+        )
+
+    def __call__(
+        self, ids: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor, pool: BlockPool, kept: torch.Tensor
+    ) -> torch.Tensor:
+        """``ids [rows x width]`` after prefixes of ``lengths [rows]`` tokens in blocks ``tables [rows, blocks]`` ->
+        ``[rows x width, hidden]``. Fills ``kept [2, layers, rows x width, kv_heads, head_dim]`` with the candidates'
+        keys and values."""
+        from lenvm.paged.kernels import Rotation, StepScratch, step_attention
+        from lenvm.paged.layer_kernels import add_norm, silu_product
+
+        spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
+        heads, kv_heads, dim, eps = spec.heads, spec.kv_heads, spec.head_dim, spec.eps
+        scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, dim, ids.device)
+        hidden = embedding(ids, self.fused.embedding)
+        delta: torch.Tensor | None = None
+        for layer, w in enumerate(self.fused.layers):
+            qkv = linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"])
+            query, keys, values = qkv.view(tokens, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
+            rotation = Rotation(self.cos, self.sin, w["q_norm"], w["k_norm"], eps, kept[0, layer], kept[1, layer])
+            mixed = step_attention(
+                query, keys, values, pool.keys[layer], pool.values[layer], tables, lengths, None, tokens // rows,
+                spec.scaling, scratch, rotation,
+            )  # fmt: skip
+            hidden.addmm_(mixed.view(tokens, -1), w["o"].t())
+            both = linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])
+            delta = linear(silu_product(both), w["down"])
+        return add_norm(hidden, delta, self.fused.norm, eps)
+
+
+class HeadProduct:
+    """The value head over bfloat16 states, its first product on the matrix units and as exact as in float32: a float32
+    weight is the sum of three bfloat16 ones."""
+
+    def __init__(self, head: ValueHead) -> None:
+        self.head = head
+        first = head.input if head.input is not None else head.output
+        rest, parts = first.weight.detach(), []
+        for _ in range(3):
+            parts.append(rest.bfloat16())
+            rest = rest - parts[-1].float()
+        self.weight, self.bias = torch.cat(parts).t(), first.bias.detach()
+
+    def __call__(self, hidden: torch.Tensor) -> HeadOutput:
+        """``[N, hidden]`` -> what the head gives."""
+        found = torch.mm(hidden, self.weight, out_dtype=torch.float32)
+        return self.head.finish(found.view(len(hidden), 3, -1).sum(1) + self.bias)
