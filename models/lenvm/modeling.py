@@ -56,12 +56,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> HeadOutput:
         """``[N, hidden] -> z [N], log-probabilities [N, n]``."""
-        first = self.input if self.input is not None else self.output
-        return self.finish(first(hidden.float()))
-
-    def finish(self, first: torch.Tensor) -> HeadOutput:
-        """From what the first product gave."""
-        out = self.output(nn.functional.silu(first)) if self.input is not None else first
+        hidden = hidden.float()
+        out = self.output(nn.functional.silu(self.input(hidden)) if self.input is not None else hidden)
         logits, bins = out[:, 0], out[:, 1:]
         if self.gives_value:
             logits = torch.logit(-logits, eps=VALUE_EPS)

@@ -12,7 +12,7 @@ import triton.language as tl
 __all__ = ["Rotation", "StepScratch", "promote_tokens", "step_attention", "store_tokens"]
 
 _WARPS, _STAGES, _TILE = 4, 2, 64
-_PROGRAMS, _MOST_SPLITS, _MOST_QUERIES = 3, 8, 64
+_PROGRAMS_TIMES_DIM, _MOST_SPLITS, _MOST_QUERIES = 192, 8, 64
 
 
 @triton.jit
@@ -159,12 +159,15 @@ class StepScratch:
     counts: torch.Tensor
 
     @classmethod
-    def make(cls, rows: int, heads: int, kv_heads: int, width: int, dim: int, device: torch.device) -> StepScratch:
-        """For so many rows of up to ``width`` tokens."""
+    def make(
+        cls, rows: int, heads: int, kv_heads: int, width: int, dim: int, device: torch.device, *, beside: int = 1
+    ) -> StepScratch:
+        """For so many rows of up to ``width`` tokens; ``beside`` such forwards run at once."""
         block, tiles = _query_tiles(width * heads // kv_heads)
         programs = rows * tiles * kv_heads
-        # Enough programs to fill the device, and no more: shares cost something to put together.
-        splits = max(1, min(_MOST_SPLITS, round(_PROGRAMS * _processors(device) / programs)))
+        # As many programs as run together, and no more: shares cost something to put together.
+        room = _PROGRAMS_TIMES_DIM / dim * _processors(device) / beside
+        splits = max(1, min(_MOST_SPLITS, round(room / programs)))
         places = programs * splits * block if splits > 1 else 1
         return cls(
             splits,

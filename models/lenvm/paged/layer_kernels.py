@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["add_norm", "silu_product"]
+__all__ = ["add_norm", "head_numbers", "silu_product"]
 
 
 @triton.jit
@@ -58,3 +58,47 @@ def silu_product(both: torch.Tensor) -> torch.Tensor:
     bn = min(2048, triton.next_power_of_2(inner))
     _silu_kernel[(triton.cdiv(inner, bn), tokens)](both, out, inner, BN=bn, num_warps=4)
     return out
+
+
+@triton.jit
+def _head_kernel(
+    x_ptr, b1_ptr, w_ptr, b2_ptr, out_ptr, N, WIDTH, COUNT,
+    PARTS: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of tokens."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, BC)
+    real = m < N
+    inside = c < COUNT
+    acc = tl.zeros([BM, BC], tl.float32)
+    for at in range(0, BW, BK):
+        k = at + tl.arange(0, BK)
+        there = k < WIDTH
+        x = tl.load(b1_ptr + k, mask=there, other=0.0)[None, :] + tl.zeros([BM, BK], tl.float32)
+        for part in tl.static_range(PARTS):
+            from_ptr = x_ptr + m[:, None] * (PARTS * WIDTH) + part * WIDTH + k[None, :]
+            x += tl.load(from_ptr, mask=real[:, None] & there[None, :], other=0.0)
+        x = x / (1.0 + tl.exp(-x))
+        w = tl.load(w_ptr + c[None, :] * WIDTH + k[:, None], mask=inside[None, :] & there[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(b2_ptr + c, mask=inside, other=0.0)[None, :]
+    # The value logit stays as it is; the rest are log-probabilities.
+    is_bin = (inside & (c > 0))[None, :]
+    peak = tl.max(tl.where(is_bin, acc, float("-inf")), 1)[:, None]
+    norm = peak + tl.log(tl.sum(tl.where(is_bin, tl.exp(acc - peak), 0.0), 1))[:, None]
+    out = tl.where(is_bin, acc - norm, acc)
+    tl.store(out_ptr + m[:, None] * COUNT + c[None, :], out, mask=real[:, None] & inside[None, :])
+
+
+def head_numbers(
+    first: torch.Tensor, first_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor
+) -> None:
+    """The value head from its first product on, all float32: ``first [N, parts x width]`` (summed over the parts),
+    ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``."""
+    tokens, (count, width) = len(first), weight.shape
+    padded = max(16, triton.next_power_of_2(width))
+    _head_kernel[(triton.cdiv(tokens, 16),)](
+        first, first_bias, weight, bias, out, tokens, width, count,
+        PARTS=first.shape[1] // width, BM=16, BW=padded, BK=min(64, padded),
+        BC=max(16, triton.next_power_of_2(count)), num_warps=4,
+    )  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from numpy.typing import NDArray
 from lenvm.decoding.device_step import captured
 from lenvm.modeling import LengthValueModel
 from lenvm.paged import BlockPool
-from lenvm.scoring.step_layers import HeadProduct, StepLayers
+from lenvm.scoring.step_layers import StepHead, StepLayers
 
 __all__ = ["NO_PROMOTION", "GraphError", "StepGraphs", "StepNumbers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
+_PARTS, _PART_ROWS = int(__import__("os").environ.get("PARTS", "2")), 8
 NO_PROMOTION = (0, 0, 0, 0, 0)
 
 
@@ -54,8 +54,7 @@ class StepGraphs:
 
     def __init__(self, model: LengthValueModel, pool: BlockPool, layers: StepLayers) -> None:
         self.model, self.pool, self.layers = model, pool, layers
-        on_units = pool.device.type == "cuda" and model.dtype == torch.bfloat16
-        self.head = HeadProduct(model.head) if on_units else model.head
+        self.head = StepHead(model.head, model.dtype)
         self._graphs: dict[tuple[int, int], _StepGraph] = {}
 
     @staticmethod
@@ -68,11 +67,12 @@ class StepGraphs:
         blocks: Sequence[Sequence[int]],
         lengths: Sequence[int],
         candidates: Sequence[Sequence[int]],
+        ids: NDArray[np.int64],
         promotions: Sequence[tuple[int, int, int, int, int]],
     ) -> StepNumbers:
-        """Score each row's candidates after its prefix of ``lengths[row]`` tokens, which lie in ``blocks[row]``, after
-        copying what ``promotions`` say (``lenvm.paged.kernels.promote_tokens``; one each). The numbers are there after
-        ``wait``, before which no other step may be launched.
+        """Score each row's candidates (all of them once more in ``ids``) after its prefix of ``lengths[row]`` tokens,
+        which lie in ``blocks[row]``, after copying what ``promotions`` say (``lenvm.paged.kernels.promote_tokens``; one
+        each). The numbers are there after ``wait``, before which no other step may be launched.
 
         Raises:
             GraphError: the step cannot be recorded here; nothing is done. What goes wrong in a replay is raised as it
@@ -88,7 +88,7 @@ class StepGraphs:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise GraphError(f"a step of {rows} x {width} candidates was not recorded: {error}") from error
-        return graph.launch(blocks, lengths, candidates, promotions)
+        return graph.launch(blocks, lengths, candidates, ids, promotions)
 
 
 class _StepGraph:
@@ -101,12 +101,12 @@ class _StepGraph:
         columns = pool.blocks_for(steps.model.context)
         # One buffer and one copy from the host: promotions (int64), then for each row the length of its prefix, its
         # candidates and its blocks (int32).
-        parts = (rows * 5 * 8, rows * (1 + width + columns) * 4)
-        self.sent = torch.zeros(sum(parts), dtype=torch.uint8, pin_memory=on_gpu)
+        sizes = (rows * 5 * 8, rows * (1 + width + columns) * 4)
+        self.sent = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
         self.inputs = self.sent.to(device)
 
         def views(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            first, second = buffer.split(parts)
+            first, second = buffer.split(sizes)
             return first.view(torch.int64).view(rows, 5), second.view(torch.int32).view(rows, -1)
 
         self.promotions, self.table = views(self.inputs)
@@ -116,6 +116,9 @@ class _StepGraph:
         self.kept = torch.zeros(
             2, shape.layers, rows * width, shape.kv_heads, shape.head_dim, dtype=pool.dtype, device=device
         )
+        self.numbers = torch.zeros(rows * width, steps.model.head.output.out_features, device=device)
+        parts = min(_PARTS, max(1, rows // _PART_ROWS)) if on_gpu else 1
+        self.side = [torch.cuda.Stream() for _ in range(parts - 1)]
         self.step = captured(self._step) if on_gpu else self._step
         if not on_gpu:
             self._step()
@@ -127,17 +130,31 @@ class _StepGraph:
         from lenvm.paged.kernels import promote_tokens
 
         promote_tokens(self.promotions, *self.pool.stacked)
-        lengths, first = self.table[:, 0].contiguous(), 1 + self.width
-        ids = self.table[:, 1:first].reshape(-1)
-        head = self.steps.head(self.steps.layers(ids, lengths, self.table[:, first:], self.pool, self.kept))
-        parts = [head.logits[:, None]] if head.bin_logprobs is None else [head.logits[:, None], head.bin_logprobs]
-        self.numbers = torch.cat(parts, dim=-1)
+        # Kernels of so few tokens wait for memory more than they use it: parts of the rows go side by side.
+        count = len(self.side) + 1
+        for part, stream in enumerate((None, *self.side)):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._part(part * self.rows // count, (part + 1) * self.rows // count)
+        for stream in self.side:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def _part(self, start: int, end: int) -> None:
+        """Rows ``start`` to ``end``."""
+        table, first, width = self.table[start:end], 1 + self.width, self.width
+        places = slice(start * width, end * width)
+        lengths, ids = table[:, 0].contiguous(), table[:, 1:first].reshape(-1)
+        kept, beside = self.kept[:, :, places], 1 + len(self.side)
+        hidden = self.steps.layers(ids, lengths, table[:, first:], self.pool, kept, beside)
+        self.steps.head(hidden, self.numbers[places])
 
     def launch(
         self,
         blocks: Sequence[Sequence[int]],
         lengths: Sequence[int],
         candidates: Sequence[Sequence[int]],
+        ids: NDArray[np.int64],
         promotions: Sequence[tuple[int, int, int, int, int]],
     ) -> StepNumbers:
         """See :meth:`StepGraphs.launch`. Rows that nobody asked for have no prefix."""
@@ -146,11 +163,11 @@ class _StepGraph:
         host[count:, 0] = 0
         self.host_promotions[:count] = promotions
         self.host_promotions[count:] = 0
-        if all(len(ids) == width for ids in candidates):
-            host[:count, 1 : 1 + width] = np.fromiter(chain.from_iterable(candidates), np.int32).reshape(count, width)
+        if all(len(its) == width for its in candidates):
+            host[:count, 1 : 1 + width] = ids.reshape(count, width)
         else:
-            for row, ids in enumerate(candidates):
-                host[row, 1 : 1 + len(ids)] = ids
+            for row, its in enumerate(candidates):
+                host[row, 1 : 1 + len(its)] = its
         for row, own in enumerate(blocks):
             # A sequence seldom takes a new block, and then only its last one is new.
             if self.written[row] != own:

@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from lenvm.fused import FusedWeights
-from lenvm.modeling import HeadOutput, ValueHead
+from lenvm.modeling import ValueHead
 from lenvm.paged import BlockPool
 
-__all__ = ["HeadProduct", "StepLayers"]
+__all__ = ["StepHead", "StepLayers"]
 
 _PLAIN_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not hang on how long the sequence is
 
@@ -43,17 +43,23 @@ class StepLayers:
         )
 
     def __call__(
-        self, ids: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor, pool: BlockPool, kept: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        pool: BlockPool,
+        kept: torch.Tensor,
+        beside: int = 1,
     ) -> torch.Tensor:
         """``ids [rows x width]`` after prefixes of ``lengths [rows]`` tokens in blocks ``tables [rows, blocks]`` ->
         ``[rows x width, hidden]``. Fills ``kept [2, layers, rows x width, kv_heads, head_dim]`` with the candidates'
-        keys and values."""
+        keys and values. ``beside``: so many of these run at once."""
         from lenvm.paged.kernels import Rotation, StepScratch, step_attention
         from lenvm.paged.layer_kernels import add_norm, silu_product
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
         heads, kv_heads, dim, eps = spec.heads, spec.kv_heads, spec.head_dim, spec.eps
-        scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, dim, ids.device)
+        scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, dim, ids.device, beside=beside)
         hidden = embedding(ids, self.fused.embedding)
         delta: torch.Tensor | None = None
         for layer, w in enumerate(self.fused.layers):
@@ -70,20 +76,36 @@ class StepLayers:
         return add_norm(hidden, delta, self.fused.norm, eps)
 
 
-class HeadProduct:
-    """The value head over bfloat16 states, its first product on the matrix units and as exact as in float32: a float32
-    weight is the sum of three bfloat16 ones."""
+class StepHead:
+    """The value head over a step's states: from ``[N, hidden]`` value logits and log-probabilities into ``[N, 1 + n]``.
 
-    def __init__(self, head: ValueHead) -> None:
+    bfloat16 states take the first product on the matrix units, as exact as in float32: a float32 weight is the sum of
+    three bfloat16 ones.
+    """
+
+    def __init__(self, head: ValueHead, dtype: torch.dtype) -> None:
         self.head = head
+        self.fused = head.input is not None and head.output.out_features > 1 and not head.gives_value
         first = head.input if head.input is not None else head.output
-        rest, parts = first.weight.detach(), []
-        for _ in range(3):
-            parts.append(rest.bfloat16())
-            rest = rest - parts[-1].float()
-        self.weight, self.bias = torch.cat(parts).t(), first.bias.detach()
+        rest, self.parts = first.weight.detach(), []
+        if dtype == torch.bfloat16 and rest.is_cuda:
+            for _ in range(3):
+                self.parts.append(rest.bfloat16())
+                rest = rest - self.parts[-1].float()
+            self.weight = torch.cat(self.parts).t()
 
-    def __call__(self, hidden: torch.Tensor) -> HeadOutput:
-        """``[N, hidden]`` -> what the head gives."""
-        found = torch.mm(hidden, self.weight, out_dtype=torch.float32)
-        return self.head.finish(found.view(len(hidden), 3, -1).sum(1) + self.bias)
+    def __call__(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        first = self.head.input
+        if first is None or not self.fused:
+            found = self.head(hidden)
+            out[:, 0] = found.logits
+            if found.bin_logprobs is not None:
+                out[:, 1:] = found.bin_logprobs
+            return
+        from lenvm.paged.layer_kernels import head_numbers
+
+        if self.parts:
+            product = torch.mm(hidden, self.weight, out_dtype=torch.float32)
+        else:
+            product = linear(hidden.float(), first.weight)
+        head_numbers(product, first.bias, self.head.output.weight, self.head.output.bias, out)

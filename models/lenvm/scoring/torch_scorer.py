@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -270,15 +270,15 @@ class TorchScorer:
             StateClosedError: a row's state was closed.
             PoolExhaustedError: the pool of prefix states is full. Nothing is left half done.
         """
-        self._check(rows)
         self._compact()
+        if (stepped := self._stepped(rows)) is not None:
+            return stepped
+        for row in rows:
+            self.check(row)
         works: list[_Work] = []
         results: dict[int, RowScore] = {}
         try:
-            promotions = self._begin(rows, works)
-            if self._step(works, promotions, results):
-                return list(results.values())
-            self._promote(promotions)
+            self._promote(self._begin(rows, works))
             for chunk in self._chunks(works):
                 results.update(zip(chunk, self._forward([works[i] for i in chunk]), strict=True))
         except BaseException:
@@ -289,25 +289,6 @@ class TorchScorer:
                 score.state.close()
             raise
         return [results[index] for index in range(len(rows))]
-
-    def _check(self, rows: Sequence[ScoreRow]) -> None:
-        """:meth:`check` of all rows; ids are looked at together, and rows only where something is wrong with one."""
-        ids = [*chain.from_iterable(row.candidates for row in rows), *chain.from_iterable(row.append for row in rows)]
-        fine = not ids or (min(ids) >= 0 and max(ids) < self._vocab_size)
-        pool = self.pool
-        for row in rows:
-            state, new = row.state, len(row.append) + 1
-            # Whether one more token fits is for `check` to say: here the rare row is let through to it.
-            good = (
-                fine
-                and isinstance(state, TorchState)
-                and state.held is not None
-                and state.pool is pool
-                and row.values_from is None
-                and state.length + new <= self._context
-            )
-            if not good:
-                self.check(row)
 
     def check(self, row: ScoreRow) -> None:
         """Raise what :meth:`score` would raise for this row (a full pool apart), and compute nothing.
@@ -400,13 +381,13 @@ class TorchScorer:
                 work.logit = float(scored.logits[at])
                 work.bin_logprobs = None if scored.bin_logprobs is None else scored.bin_logprobs[at]
         pool.copy(copies)
-        self.stats.promoted += len(promotions)
         return promotions
 
     def _promote(self, promotions: Sequence[_Promotion]) -> None:
         """Copy chosen candidates' keys and values into the pool."""
         if not promotions:
             return
+        self.stats.promoted += len(promotions)
         of: dict[_Capture, list[_Promotion]] = {}
         for promotion in promotions:
             of.setdefault(promotion.capture, []).append(promotion)
@@ -476,51 +457,79 @@ class TorchScorer:
             return self._decoder(plan.input_ids, plan.positions, plan)
         return packed_forward(self.model.decoder, plan)
 
-    def _step(self, works: Sequence[_Work], promotions: Sequence[_Promotion], results: dict[int, RowScore]) -> bool:
-        """Candidates alone, by one graph, into ``results``. False where this is no such call, or where this GPU or
-        driver would not record it (for good); nothing is done then."""
+    def _stepped(self, rows: Sequence[ScoreRow]) -> list[RowScore] | None:
+        """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
+        that the state was scored with, and candidates. None for any other call, or where this GPU or driver would not
+        record the step (for good). The device waits for this, so that it is one plain loop."""
+        steps, pool = self._steps, self.pool
+        if steps is None or not all(self._is_step(row, pool) for row in rows):
+            return None
+        candidates = [row.candidates for row in rows]
+        if not steps.fits(len(rows), max(map(len, candidates))):
+            return None
+        ids = np.fromiter(chain.from_iterable(candidates), np.int64)
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            return None
         from lenvm.scoring.step_graph import NO_PROMOTION, GraphError
 
-        steps, widest = self._steps, 0
-        if steps is None:
-            return False
-        for work in works:
-            count = len(work.row.candidates)
-            if work.tail or not count:
-                return False
-            widest = max(widest, count)
-        if not steps.fits(len(works), widest):
-            return False
-        sources = [NO_PROMOTION] * len(works)
-        for promotion in promotions:
-            sources[promotion.row] = (*promotion.capture.source(promotion.candidate), *promotion.place)
-        blocks, lengths = [work.blocks for work in works], [work.length for work in works]
+        copies: list[tuple[int, int]] = []
+        states, blocks, sources = [], [], []
+        for row in rows:
+            state: Any = row.state
+            held, length, scored = state.held, state.length, state.scored
+            logit, bins, source = state.logit, state.bin_logprobs, NO_PROMOTION
+            if row.append:
+                if not pool.advance(held.blocks, length):
+                    held = _Held(pool, pool.fork(held.blocks, length, 1, copies))
+                at = scored.ids.index(row.append[0])
+                source = (*scored.capture.source(scored.first + at), *pool.slot(held.blocks, length))
+                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at]
+                length += 1
+            states.append(TorchState(held, length, logit, bins))
+            blocks.append(held.blocks)
+            sources.append(source)
+        pool.copy(copies)
         try:
-            step = steps.launch(blocks, lengths, [work.row.candidates for work in works], sources)
+            step = steps.launch(blocks, [state.length for state in states], candidates, ids, sources)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
-            return False
+            return None
         # The answers are put together while the device is at work: views of numbers that are not there yet.
-        self._answers(works, step, results)
+        answers = self._answers(states, candidates, step)
+        self._count(len(ids))
+        self.stats.promoted += sum(len(row.append) for row in rows)
         step.wait()
-        return True
+        return answers
 
-    def _answers(self, works: Sequence[_Work], step: StepNumbers, results: dict[int, RowScore]) -> None:
-        self._count(sum(len(work.row.candidates) for work in works))
+    def _is_step(self, row: ScoreRow, pool: BlockPool) -> bool:
+        state, new = row.state, row.append
+        return (
+            isinstance(state, TorchState)
+            and state.pool is pool
+            and state.held is not None
+            and row.values_from is None
+            and len(row.candidates) > 0
+            and state.length + len(new) < self._context
+            and (not len(new) or (len(new) == 1 and state.scored is not None and new[0] in state.scored.ids))
+        )
+
+    def _answers(
+        self, states: Sequence[TorchState], candidates: Sequence[Sequence[int]], step: StepNumbers
+    ) -> list[RowScore]:
         capture = _Capture(step.kept[0], step.kept[1])
         has_bins = self.bins is not None
         all_logits, all_bins = step.numbers[:, :, 0], step.numbers[:, :, 1:]
-        for row, work in enumerate(works):
-            ids = tuple(work.row.candidates)
-            logits = all_logits[row, : len(ids)]
-            bins = all_bins[row, : len(ids)] if has_bins else None
-            state = TorchState(work.taken(), work.length, work.logit, work.bin_logprobs)
-            scored = state.scored = _Scored(ids, logits, bins, capture, row * step.width)
+        answers = []
+        for row, (state, its) in enumerate(zip(states, candidates, strict=True)):
+            count = len(its)
+            logits, bins = all_logits[row, :count], all_bins[row, :count] if has_bins else None
+            scored = state.scored = _Scored(tuple(its), logits, bins, capture, row * step.width)
             capture.users.append(weakref.ref(scored))
-            own = None if work.bin_logprobs is None else work.bin_logprobs[None]
-            results[row] = RowScore(state, np.array([work.logit]), own, logits, bins, work.length)
+            own = None if state.bin_logprobs is None else state.bin_logprobs[None]
+            answers.append(RowScore(state, np.array([state.logit]), own, logits, bins, state.length))
         self._keep(capture)
+        return answers
 
     def _count(self, tokens: int) -> None:
         self.stats.forwards += 1
