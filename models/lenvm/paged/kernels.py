@@ -159,14 +159,12 @@ class StepScratch:
     counts: torch.Tensor
 
     @classmethod
-    def make(
-        cls, rows: int, heads: int, kv_heads: int, width: int, dim: int, device: torch.device, *, beside: int = 1
-    ) -> StepScratch:
-        """For so many rows of up to ``width`` tokens; ``beside`` such forwards run at once."""
+    def make(cls, rows: int, heads: int, kv_heads: int, width: int, dim: int, device: torch.device) -> StepScratch:
+        """For so many rows of up to ``width`` tokens."""
         block, tiles = _query_tiles(width * heads // kv_heads)
         programs = rows * tiles * kv_heads
         # As many programs as run together, and no more: shares cost something to put together.
-        room = _PROGRAMS_TIMES_DIM / dim * _processors(device) / beside
+        room = _PROGRAMS_TIMES_DIM / dim * _processors(device)
         splits = max(1, min(_MOST_SPLITS, round(room / programs)))
         places = programs * splits * block if splits > 1 else 1
         return cls(

@@ -61,44 +61,39 @@ def silu_product(both: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _head_kernel(
-    x_ptr, b1_ptr, w_ptr, b2_ptr, out_ptr, N, WIDTH, COUNT,
-    PARTS: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """One program per tile of tokens."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+def _head_silu_kernel(x_ptr, bias_ptr, out_ptr, WIDTH, PARTS: tl.constexpr, BK: tl.constexpr):
+    """One program per token."""
+    row = tl.program_id(0)
+    k = tl.arange(0, BK)
+    real = k < WIDTH
+    x = tl.load(bias_ptr + k, mask=real, other=0.0)
+    for part in tl.static_range(PARTS):
+        x += tl.load(x_ptr + (row * PARTS + part) * WIDTH + k, mask=real, other=0.0)
+    tl.store(out_ptr + row * WIDTH + k, x / (1.0 + tl.exp(-x)), mask=real)
+
+
+@triton.jit
+def _head_out_kernel(x_ptr, bias_ptr, out_ptr, COUNT, BC: tl.constexpr):
+    """One program per token."""
+    at = tl.program_id(0) * COUNT
     c = tl.arange(0, BC)
-    real = m < N
-    inside = c < COUNT
-    acc = tl.zeros([BM, BC], tl.float32)
-    for at in range(0, BW, BK):
-        k = at + tl.arange(0, BK)
-        there = k < WIDTH
-        x = tl.load(b1_ptr + k, mask=there, other=0.0)[None, :] + tl.zeros([BM, BK], tl.float32)
-        for part in tl.static_range(PARTS):
-            from_ptr = x_ptr + m[:, None] * (PARTS * WIDTH) + part * WIDTH + k[None, :]
-            x += tl.load(from_ptr, mask=real[:, None] & there[None, :], other=0.0)
-        x = x / (1.0 + tl.exp(-x))
-        w = tl.load(w_ptr + c[None, :] * WIDTH + k[:, None], mask=inside[None, :] & there[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    acc += tl.load(b2_ptr + c, mask=inside, other=0.0)[None, :]
-    # The value logit stays as it is; the rest are log-probabilities.
-    is_bin = (inside & (c > 0))[None, :]
-    peak = tl.max(tl.where(is_bin, acc, float("-inf")), 1)[:, None]
-    norm = peak + tl.log(tl.sum(tl.where(is_bin, tl.exp(acc - peak), 0.0), 1))[:, None]
-    out = tl.where(is_bin, acc - norm, acc)
-    tl.store(out_ptr + m[:, None] * COUNT + c[None, :], out, mask=real[:, None] & inside[None, :])
+    real = c < COUNT
+    x = tl.load(x_ptr + at + c, mask=real, other=0.0) + tl.load(bias_ptr + c, mask=real, other=0.0)
+    # The value logit stays as it is; the rest become log-probabilities.
+    bins = tl.where(real & (c > 0), x, float("-inf"))
+    peak = tl.max(bins, 0)
+    norm = peak + tl.log(tl.sum(tl.exp(bins - peak), 0))
+    tl.store(out_ptr + at + c, tl.where(c > 0, x - norm, x).to(out_ptr.dtype.element_ty), mask=real)
 
 
 def head_numbers(
     first: torch.Tensor, first_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """The value head from its first product on, all float32: ``first [N, parts x width]`` (summed over the parts),
-    ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``."""
+    """The value head from its first product on, in float32: ``first [N, parts x width]`` (summed over the parts),
+    ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``, of any precision."""
     tokens, (count, width) = len(first), weight.shape
-    padded = max(16, triton.next_power_of_2(width))
-    _head_kernel[(triton.cdiv(tokens, 16),)](
-        first, first_bias, weight, bias, out, tokens, width, count,
-        PARTS=first.shape[1] // width, BM=16, BW=padded, BK=min(64, padded),
-        BC=max(16, triton.next_power_of_2(count)), num_warps=4,
-    )  # fmt: skip
+    hidden = torch.empty(tokens, width, dtype=torch.float32, device=first.device)
+    parts, padded = first.shape[1] // width, triton.next_power_of_2(width)
+    _head_silu_kernel[(tokens,)](first, first_bias, hidden, width, PARTS=parts, BK=padded, num_warps=4)
+    scores = hidden @ weight.t()
+    _head_out_kernel[(tokens,)](scores, bias, out, count, BC=triton.next_power_of_2(count), num_warps=1)

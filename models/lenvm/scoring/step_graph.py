@@ -23,7 +23,6 @@ __all__ = ["NO_PROMOTION", "GraphError", "StepGraphs", "StepNumbers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
-_PARTS, _PART_ROWS = int(__import__("os").environ.get("PARTS", "2")), 8
 NO_PROMOTION = (0, 0, 0, 0, 0)
 
 
@@ -116,38 +115,23 @@ class _StepGraph:
         self.kept = torch.zeros(
             2, shape.layers, rows * width, shape.kv_heads, shape.head_dim, dtype=pool.dtype, device=device
         )
-        self.numbers = torch.zeros(rows * width, steps.model.head.output.out_features, device=device)
-        parts = min(_PARTS, max(1, rows // _PART_ROWS)) if on_gpu else 1
-        self.side = [torch.cuda.Stream() for _ in range(parts - 1)]
+        numbers = steps.model.head.output.out_features
+        self.numbers = torch.zeros(rows * width, numbers, dtype=torch.float64, device=device)
         self.step = captured(self._step) if on_gpu else self._step
         if not on_gpu:
             self._step()
         self.received = torch.empty(self.numbers.shape, dtype=self.numbers.dtype, pin_memory=on_gpu)
-        self.host_numbers: NDArray[np.float32] = self.received.numpy()
+        self.host_numbers: NDArray[np.float64] = self.received.numpy()
         self.done = torch.cuda.Event() if on_gpu else None
 
     def _step(self) -> None:
         from lenvm.paged.kernels import promote_tokens
 
         promote_tokens(self.promotions, *self.pool.stacked)
-        # Kernels of so few tokens wait for memory more than they use it: parts of the rows go side by side.
-        count = len(self.side) + 1
-        for part, stream in enumerate((None, *self.side)):
-            if stream is not None:
-                stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._part(part * self.rows // count, (part + 1) * self.rows // count)
-        for stream in self.side:
-            torch.cuda.current_stream().wait_stream(stream)
-
-    def _part(self, start: int, end: int) -> None:
-        """Rows ``start`` to ``end``."""
-        table, first, width = self.table[start:end], 1 + self.width, self.width
-        places = slice(start * width, end * width)
-        lengths, ids = table[:, 0].contiguous(), table[:, 1:first].reshape(-1)
-        kept, beside = self.kept[:, :, places], 1 + len(self.side)
-        hidden = self.steps.layers(ids, lengths, table[:, first:], self.pool, kept, beside)
-        self.steps.head(hidden, self.numbers[places])
+        lengths, first = self.table[:, 0].contiguous(), 1 + self.width
+        ids = self.table[:, 1:first].reshape(-1)
+        hidden = self.steps.layers(ids, lengths, self.table[:, first:], self.pool, self.kept)
+        self.steps.head(hidden, self.numbers)
 
     def launch(
         self,
@@ -169,8 +153,8 @@ class _StepGraph:
             for row, its in enumerate(candidates):
                 host[row, 1 : 1 + len(its)] = its
         for row, own in enumerate(blocks):
-            # A sequence seldom takes a new block, and then only its last one is new.
-            if self.written[row] != own:
+            # States of one sequence share the list until they need one more block.
+            if self.written[row] is not own:
                 host[row, first : first + len(own)] = own
                 self.written[row] = own
         self.inputs.copy_(self.sent, non_blocking=True)

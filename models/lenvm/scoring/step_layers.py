@@ -43,23 +43,17 @@ class StepLayers:
         )
 
     def __call__(
-        self,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        tables: torch.Tensor,
-        pool: BlockPool,
-        kept: torch.Tensor,
-        beside: int = 1,
+        self, ids: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor, pool: BlockPool, kept: torch.Tensor
     ) -> torch.Tensor:
         """``ids [rows x width]`` after prefixes of ``lengths [rows]`` tokens in blocks ``tables [rows, blocks]`` ->
         ``[rows x width, hidden]``. Fills ``kept [2, layers, rows x width, kv_heads, head_dim]`` with the candidates'
-        keys and values. ``beside``: so many of these run at once."""
+        keys and values."""
         from lenvm.paged.kernels import Rotation, StepScratch, step_attention
         from lenvm.paged.layer_kernels import add_norm, silu_product
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
         heads, kv_heads, dim, eps = spec.heads, spec.kv_heads, spec.head_dim, spec.eps
-        scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, dim, ids.device, beside=beside)
+        scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, dim, ids.device)
         hidden = embedding(ids, self.fused.embedding)
         delta: torch.Tensor | None = None
         for layer, w in enumerate(self.fused.layers):

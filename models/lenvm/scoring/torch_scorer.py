@@ -473,7 +473,7 @@ class TorchScorer:
         from lenvm.scoring.step_graph import NO_PROMOTION, GraphError
 
         copies: list[tuple[int, int]] = []
-        states, blocks, sources = [], [], []
+        states, blocks, lengths, sources = [], [], [], []
         for row in rows:
             state: Any = row.state
             held, length, scored = state.held, state.length, state.scored
@@ -487,10 +487,11 @@ class TorchScorer:
                 length += 1
             states.append(TorchState(held, length, logit, bins))
             blocks.append(held.blocks)
+            lengths.append(length)
             sources.append(source)
         pool.copy(copies)
         try:
-            step = steps.launch(blocks, [state.length for state in states], candidates, ids, sources)
+            step = steps.launch(blocks, lengths, candidates, ids, sources)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
