@@ -50,7 +50,7 @@ for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64
         weights = (torch.rand(dim), torch.rand(dim)) if kv_heads == 2 else (None, None)
         kept = torch.zeros(2, 4 * width, kv_heads, dim)
         rotation = Rotation(angle.cos(), angle.sin(), *weights, 1e-5, kept[0], kept[1])
-        made = StepScratch.make(4, heads, kv_heads, width, dim, q.device)
+        made = StepScratch.make(4, heads, kv_heads, width, q)
         programs = len(made.counts)
         block = programs and max(16, min(64, 1 << (width * heads // kv_heads - 1).bit_length()))
         scratch = StepScratch(

@@ -212,8 +212,7 @@ def attend_plan(
         from lenvm.paged.kernels import StepScratch, step_attention
 
         if plan.scratch is None:
-            heads, _, dim = query.shape
-            plan.scratch = StepScratch.make(len(plan.tables), heads, len(keys), plan.width, dim, query.device)
+            plan.scratch = StepScratch.make(len(plan.tables), len(query), len(keys), plan.width, query)
         cache = (pool.keys[layer], pool.values[layer], plan.tables, plan.prefix_lens)
         out = step_attention(query, keys, values, *cache, plan.starts, plan.width, scaling, plan.scratch)
     _store(plan, keys, values, pool.keys[layer], pool.values[layer])

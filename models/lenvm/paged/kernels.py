@@ -29,7 +29,7 @@ def _rotated(x_ptr, swapped_ptr, norm_ptr, cos, sin, real, eps, D: tl.constexpr,
 
 
 @triton.jit
-def _together(part_ptr, stat_ptr, here, parts, BM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+def _together(part_ptr, stat_ptr, here, real, parts, BM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
     """The shares' sums over one peak. Unrolled, so that all loads are under way together."""
     d = tl.arange(0, D)
     peak = tl.full([BM], float("-inf"), tl.float32)
@@ -41,10 +41,11 @@ def _together(part_ptr, stat_ptr, here, parts, BM: tl.constexpr, D: tl.constexpr
     for part in tl.static_range(SPLITS):
         seen = here * 0 + part < parts
         there = here + part * BM
-        grow = tl.exp2(tl.load(stat_ptr + 2 * there, mask=seen, other=float("-inf")) - peak)
-        total += grow * tl.load(stat_ptr + 2 * there + 1, mask=seen, other=0.0)
-        its = tl.load(part_ptr + there[:, None] * D + d[None, :], mask=seen[:, None], other=0.0)
-        acc += its * grow[:, None]
+        weight = tl.exp2(tl.load(stat_ptr + 2 * there, mask=seen, other=float("-inf")) - peak)
+        weight = weight * tl.load(stat_ptr + 2 * there + 1, mask=seen, other=0.0)
+        total += weight
+        mean = tl.load(part_ptr + there[:, None] * D + d[None, :], mask=seen[:, None] & real, other=0.0)
+        acc += mean.to(tl.float32) * weight[:, None]
     return acc, total
 
 
@@ -128,7 +129,9 @@ def _step_kernel(  # noqa: PLR0915
             if parts > 1:
                 mine = tl.program_id(0) * tl.num_programs(1) + head
                 here = mine * SPLITS * BM + tl.arange(0, BM)
-                tl.store(part_ptr + (here + part * BM)[:, None] * D + d[None, :], acc)
+                # Each share's mean in the precision of the answer: what is written and read again is a quarter so.
+                mean = (acc / total[:, None]).to(part_ptr.dtype.element_ty)
+                tl.store(part_ptr + (here + part * BM)[:, None] * D + d[None, :], mean, mask=real)
                 tl.store(stat_ptr + 2 * (here + part * BM), peak)
                 tl.store(stat_ptr + 2 * (here + part * BM) + 1, total)
                 # Every thread's stores, before the one thread that counts.
@@ -136,7 +139,7 @@ def _step_kernel(  # noqa: PLR0915
                 done = tl.atomic_add(count_ptr + mine, 1, sem="acq_rel") == parts - 1
                 if done:
                     tl.store(count_ptr + mine, 0)  # for the next layer
-                    acc, total = _together(part_ptr, stat_ptr, here, parts, BM, D, SPLITS)
+                    acc, total = _together(part_ptr, stat_ptr, here, real, parts, BM, D, SPLITS)
         if done:
             tl.store(
                 out_ptr + token[:, None] * stride_on + q_head[:, None] * D + d[None, :],
@@ -149,8 +152,8 @@ def _step_kernel(  # noqa: PLR0915
 class StepScratch:
     """What the shares of a prefix are put together in; one for all layers of a forward, one after another.
 
-    ``parts [programs x splits x BM, D]``, ``stats [programs x splits x BM, 2]`` float32; ``counts [programs]`` int32, 0
-    between layers. Programs: rows x tiles of queries x key heads.
+    ``parts [programs x splits x BM, D]`` of the queries' precision, ``stats [programs x splits x BM, 2]`` float32,
+    ``counts [programs]`` int32, 0 between layers. Programs: rows x tiles of queries x key heads.
     """
 
     splits: int
@@ -159,8 +162,9 @@ class StepScratch:
     counts: torch.Tensor
 
     @classmethod
-    def make(cls, rows: int, heads: int, kv_heads: int, width: int, dim: int, device: torch.device) -> StepScratch:
-        """For so many rows of up to ``width`` tokens."""
+    def make(cls, rows: int, heads: int, kv_heads: int, width: int, query: torch.Tensor) -> StepScratch:
+        """For so many rows of up to ``width`` tokens, and queries like ``query [..., D]``."""
+        dim, device = query.shape[-1], query.device
         block, tiles = _query_tiles(width * heads // kv_heads)
         programs = rows * tiles * kv_heads
         # As many programs as run together, and no more: shares cost something to put together.
@@ -169,7 +173,7 @@ class StepScratch:
         places = programs * splits * block if splits > 1 else 1
         return cls(
             splits,
-            torch.empty(places, dim, dtype=torch.float32, device=device),
+            torch.empty(places, dim, dtype=query.dtype, device=device),
             torch.empty(places, 2, dtype=torch.float32, device=device),
             torch.zeros(programs, dtype=torch.int32, device=device),
         )
@@ -232,7 +236,7 @@ def step_attention(
     heads, tokens, dim = query.shape
     kv_heads, rows, size = keys.shape[0], tables.shape[0], pool_keys.shape[2]
     if scratch is None:
-        scratch = StepScratch.make(rows, heads, kv_heads, width, dim, query.device)
+        scratch = StepScratch.make(rows, heads, kv_heads, width, query)
     block, tiles = _query_tiles(width * heads // kv_heads)
     out = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
     cos = sin = q_norm = k_norm = kept_keys = kept_values = None

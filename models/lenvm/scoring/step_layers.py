@@ -53,12 +53,14 @@ class StepLayers:
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
         heads, kv_heads, dim, eps = spec.heads, spec.kv_heads, spec.head_dim, spec.eps
-        scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, dim, ids.device)
         hidden = embedding(ids, self.fused.embedding)
+        scratch: StepScratch | None = None
         delta: torch.Tensor | None = None
         for layer, w in enumerate(self.fused.layers):
             qkv = linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"])
             query, keys, values = qkv.view(tokens, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
+            if scratch is None:
+                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query)
             rotation = Rotation(self.cos, self.sin, w["q_norm"], w["k_norm"], eps, kept[0, layer], kept[1, layer])
             mixed = step_attention(
                 query, keys, values, pool.keys[layer], pool.values[layer], tables, lengths, None, tokens // rows,

@@ -460,12 +460,13 @@ class TorchScorer:
     def _stepped(self, rows: Sequence[ScoreRow]) -> list[RowScore] | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates. None for any other call, or where this GPU or driver would not
-        record the step (for good). The device waits for this, so that it is one plain loop."""
-        steps, pool = self._steps, self.pool
-        if steps is None or not all(self._is_step(row, pool) for row in rows):
-            return None
+        record the step (for good).
+
+        The device waits for this, so that it does in one loop what must be known before the launch, and no more."""
+        steps, pool, context = self._steps, self.pool, self._context
         candidates = [row.candidates for row in rows]
-        if not steps.fits(len(rows), max(map(len, candidates))):
+        widest = max(map(len, candidates), default=0)
+        if steps is None or not steps.fits(len(rows), widest) or not all(map(len, candidates)):
             return None
         ids = np.fromiter(chain.from_iterable(candidates), np.int64)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
@@ -473,47 +474,48 @@ class TorchScorer:
         from lenvm.scoring.step_graph import NO_PROMOTION, GraphError
 
         copies: list[tuple[int, int]] = []
-        states, blocks, lengths, sources = [], [], [], []
+        held, lengths, chosen, sources = [], [], [], []
         for row in rows:
-            state: Any = row.state
-            held, length, scored = state.held, state.length, state.scored
-            logit, bins, source = state.logit, state.bin_logprobs, NO_PROMOTION
-            if row.append:
-                if not pool.advance(held.blocks, length):
-                    held = _Held(pool, pool.fork(held.blocks, length, 1, copies))
-                at = scored.ids.index(row.append[0])
-                source = (*scored.capture.source(scored.first + at), *pool.slot(held.blocks, length))
-                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at]
+            state, new = row.state, row.append
+            # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
+            if not isinstance(state, TorchState) or state.pool is not pool or (own := state.held) is None:
+                return None
+            length, scored, at, source = state.length, state.scored, -1, NO_PROMOTION
+            if len(new):
+                if len(new) > 1 or scored is None or row.values_from is not None or new[0] not in scored.ids:
+                    return None
+                at = scored.ids.index(new[0])
+                if not pool.advance(own.blocks, length):
+                    own = _Held(pool, pool.fork(own.blocks, length, 1, copies))
+                source = (*scored.capture.source(scored.first + at), *pool.slot(own.blocks, length))
                 length += 1
-            states.append(TorchState(held, length, logit, bins))
-            blocks.append(held.blocks)
+            if length >= context:
+                return None
+            held.append(own)
             lengths.append(length)
+            chosen.append(at)
             sources.append(source)
         pool.copy(copies)
         try:
-            step = steps.launch(blocks, lengths, candidates, ids, sources)
+            step = steps.launch([own.blocks for own in held], lengths, candidates, ids, sources)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
             return None
         # The answers are put together while the device is at work: views of numbers that are not there yet.
+        states = []
+        for row, own, length, at in zip(rows, held, lengths, chosen, strict=True):
+            before: Any = row.state
+            logit, bins = before.logit, before.bin_logprobs
+            if at >= 0:
+                scored = before.scored
+                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at]
+            states.append(TorchState(own, length, logit, bins))
         answers = self._answers(states, candidates, step)
         self._count(len(ids))
-        self.stats.promoted += sum(len(row.append) for row in rows)
+        self.stats.promoted += len(chosen) - chosen.count(-1)
         step.wait()
         return answers
-
-    def _is_step(self, row: ScoreRow, pool: BlockPool) -> bool:
-        state, new = row.state, row.append
-        return (
-            isinstance(state, TorchState)
-            and state.pool is pool
-            and state.held is not None
-            and row.values_from is None
-            and len(row.candidates) > 0
-            and state.length + len(new) < self._context
-            and (not len(new) or (len(new) == 1 and state.scored is not None and new[0] in state.scored.ids))
-        )
 
     def _answers(
         self, states: Sequence[TorchState], candidates: Sequence[Sequence[int]], step: StepNumbers
