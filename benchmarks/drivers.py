@@ -10,8 +10,12 @@ activations, so that its answers part from theirs. Without ``--gguf`` (the backb
 ``--url`` asks a running service; otherwise one is started. Words: English LongBench-Write prompts of at most
 ``--most-words``. Second backbone: see ``_second.py``; plain questions, targets of ``--second-targets`` of its tokens.
 
-With ``--work`` a finished generation is kept and not made again. Each study is a part of the report with a command of
-its own, and leaves the others there; 0 generations leave one out. ``seconds`` and ``tokens`` are those of this run.
+``--device cuda`` puts backbone and value model on a GPU (float32); llama.cpp stays on the CPU. With ``--work`` a
+finished generation is kept and not made again. ``--shard I/N`` makes every Nth, for a work file of its own and with no
+report: a last run makes that, given the files of all by ``--others``. ``--drivers``: those to be run.
+
+Each study is a part of the report with a command of its own, and leaves the others there; 0 generations leave one out.
+``seconds`` and ``tokens`` are those of this run.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +114,9 @@ def generation(job: Job, ids: Sequence[int], ends: Sequence[int], report: RowRep
     )
 
 
+DRIVERS = ("hf", "hf_http", "llama_cpp")
+
+
 def hf_driver(model: Any, scorer: CandidateScorer, ends: Sequence[int], text: TextAdapter | None = None) -> Run:
     """transformers. ``ends``: the EOS, then stop ids."""
     import torch
@@ -126,7 +133,7 @@ def hf_driver(model: Any, scorer: CandidateScorer, ends: Sequence[int], text: Te
         sequences, report = generate(
             model,
             scorer,
-            inputs,
+            {name: tensor.to(model.device) for name, tensor in inputs.items()},
             objectives=[job.objective for job in jobs],
             temperature=TEMPERATURE,
             top_k=TOP_K,
@@ -179,7 +186,7 @@ def make(store: AnswerFile, run: Run, jobs: Sequence[Job], batch: int) -> dict[s
 
 
 @contextmanager
-def service(url: str | None, model: str) -> Iterator[str]:
+def service(url: str | None, model: str, device: str) -> Iterator[str]:
     """A running service: the one at ``url``, or one of our own on a free port."""
     if url:
         yield url
@@ -190,6 +197,7 @@ def service(url: str | None, model: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "lenvm_service.cli", "serve", "--port", str(port), "--model", model]
+    command += ["--device", device]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with Client(f"http://127.0.0.1:{port}", timeout=5, max_retries=0) as client:
@@ -253,9 +261,11 @@ def lifebench(
             Job("lifebench", name, at, prompt, target, equal_to(target), 2 * max(options.targets))
             for at, (prompt, target) in enumerate(asked)
         ]
-        took = make(store, run, jobs, batch)
+        took = make(store, run, options.mine(jobs), batch)
+        if options.shard:
+            continue
         metrics[name], found = figures(store, jobs, [store[job].length for job in jobs], reference)
-        metrics[name] |= took
+        metrics[name] |= took | {"device": "cpu" if name == "llama_cpp" else options.device}
         reference = reference or found
         print(f"{name:10} length score {metrics[name]['ls']['mean']:5.1f}  {took['seconds']:6.0f} s", flush=True)
     return metrics
@@ -276,7 +286,10 @@ def words(
             target, prompt = int(row["target_words"]), encode_chat(tokenizer, row["prompt"])
             goal = equal_to(target) | {"unit": "words"} if text else None
             jobs.append(Job("longbench_write", name, at, prompt, target, goal, 3 * options.most_words))
-        took = make(store, hf_driver(model, scorer, [tokenizer.eos_token_id], text), jobs, options.batch)
+        run = hf_driver(model, scorer, [tokenizer.eos_token_id], text)
+        took = make(store, run, options.mine(jobs), options.batch)
+        if options.shard:
+            continue
         lengths = [count_units(tokenizer.decode(store[job].token_ids), "words") for job in jobs]
         metrics[name], found = figures(store, jobs, lengths, unguided)
         metrics[name] |= took
@@ -326,9 +339,18 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--second-targets", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of transformers and the value model")
+    parser.add_argument("--drivers", nargs="+", default=list(DRIVERS), choices=DRIVERS)
     parser.add_argument("--work", type=Path, help="keep finished generations here; a rerun goes on")
+    parser.add_argument("--others", type=Path, nargs="+", default=[], help="work files of shards")
+    parser.add_argument("--shard", help="I/N: every Nth generation from the Ith on; no report")
     parser.add_argument("--report", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    at, count = map(int, options.shard.split("/")) if options.shard else (0, 1)
+    if options.shard and (options.work is None or not 0 <= at < count or options.second):
+        parser.error("--shard I/N needs --work and I in 0 .. N - 1, and leaves --second out")
+    options.mine = lambda jobs: [job for job in jobs if job.at % count == at]
+    return options
 
 
 def main() -> None:
@@ -341,33 +363,40 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     value_model = LengthValueModel.from_pretrained(options.model)
     tokenizer, ends = value_model.tokenizer, [value_model.tokenizer.eos_token_id]
-    scorer = LocalScorer(options.model)
+    scorer = LocalScorer(options.model, device=options.device)
     names = ("model", "targets", "most_words", "second_targets")
     settings = {name: getattr(options, name) for name in names} | {"files": value_model.config.files}
     settings |= {"temperature": TEMPERATURE, "top_k": TOP_K}
     backbone: Any = None
     if options.generations or options.words:
-        backbone = load_backbone(resolve_backbone(value_model.config.generator.backbone), attn_implementation="sdpa")
-    with AnswerFile(options.work, settings) as store:
+        folder = resolve_backbone(value_model.config.generator.backbone)
+        backbone = load_backbone(folder, attn_implementation="sdpa", device=options.device)
+    with AnswerFile(options.work, settings, options.others) as store, ExitStack() as stack:
         if options.generations:
-            with service(options.url, options.model) as url, Client(url, timeout=300, total_timeout=None) as client:
-                runs = {
-                    "hf": (hf_driver(backbone, scorer, ends), options.batch),
-                    "hf_http": (hf_driver(backbone, client, ends), options.batch),
-                }
+            runs: dict[str, tuple[Run, int]] = {}
+            if "hf" in options.drivers:
+                runs["hf"] = hf_driver(backbone, scorer, ends), options.batch
+            if "hf_http" in options.drivers:
+                url = stack.enter_context(service(options.url, options.model, options.device))
+                client = stack.enter_context(Client(url, timeout=300, total_timeout=None))
+                runs["hf_http"] = hf_driver(backbone, client, ends), options.batch
+            if "llama_cpp" in options.drivers:
                 if options.gguf is None:
                     print("llama_cpp is left out: give --gguf")
                 else:
                     context = MOST_PROMPT + 2 * max(options.targets)
-                    runs["llama_cpp"] = (llama_driver(options.gguf, scorer, options.threads, context), 1)
-                found = lifebench(options, store, tokenizer, runs)
+                    runs["llama_cpp"] = llama_driver(options.gguf, scorer, options.threads, context), 1
+            found = lifebench(options, store, tokenizer, runs)
             if "llama_cpp" in found:
                 import llama_cpp
 
                 found["llama_cpp"]["version"] = llama_cpp.__version__
-            merge(options.report, {"lifebench": found}, "cpu")
+            if found:
+                merge(options.report, {"lifebench": found}, options.device)
         if options.words:
-            merge(options.report, {"longbench_write": words(options, store, tokenizer, backbone, scorer)}, "cpu")
+            found = words(options, store, tokenizer, backbone, scorer)
+            if found:
+                merge(options.report, {"longbench_write": found}, options.device)
         if options.second:
             merge(options.report, {"second": second(options, store, tokenizer, scorer)}, "cpu")
 
