@@ -24,6 +24,24 @@ sys.path.insert(0, str(ROOT))  # tests/support: the redis-server that may be kil
 
 from tests.support.redis_server import free_port  # noqa: E402
 
+SECRET = ("--secret", "benchmark-secret-0123")
+CACHE_TOKENS = 12_288  # little more than one context, the least that the service takes
+
+
+class Bench:
+    """One run. ``quick``: everything at a twentieth of its length, to see that it works."""
+
+    def __init__(self, data: Path, folder: Path, quick: bool) -> None:
+        self.folder, self.quick = folder, quick
+        self.texts = prompts(data)
+        self.long = prompts(data, tokens=(60, 200))
+
+    def seconds(self, wanted: float) -> float:
+        return max(3.0, wanted / 20) if self.quick else wanted
+
+    def count(self, wanted: int) -> int:
+        return max(8, wanted // 20) if self.quick else wanted
+
 
 class Replica:
     """``lenvm serve`` with one torch thread."""
