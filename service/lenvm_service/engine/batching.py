@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lenvm_service.engine.jobs import Job, Reply, Result
-from lenvm_service.engine.queueing import BatcherOptions, BatchObserver, Cost, Entry, Reservation, Ticket
+from lenvm_service.engine.queueing import Backlog, BatcherOptions, BatchObserver, Cost, Entry, Reservation, Ticket
 from lenvm_service.errors import (
     DeadlineExceededError,
     InternalError,
@@ -89,6 +89,7 @@ class Batcher:
         self._failed_checks = 0
         self._beat = time.monotonic()
         self._current: list[Entry] = []  # the batch in hand
+        self._publish: Callable[[Backlog], None] = lambda backlog: None
         self._thread = threading.Thread(target=self._main, name=f"lenvm-{name}", daemon=True)
 
     # -- from outside --------------------------------------------------------------------------------------------------
@@ -201,21 +202,15 @@ class Batcher:
             self._note_queue()
             self._condition.notify_all()
 
+    @property
+    def backlog(self) -> Backlog:
+        """What is to be done before a new request's turn."""
+        waiting = self._queued_tokens + self._reserved_tokens
+        return Backlog(waiting, self._in_hand, self._tokens_per_s or 0.0, self._batch_seconds)
+
     def _check_room(self, tokens: int, deadline: float | None) -> None:
         """Raise OverloadedError where so many more tokens may not wait, or could not be answered in time."""
-        waiting = self._queued_tokens + self._reserved_tokens
-        # What is larger than the queue is taken where nothing else waits: it could never come in otherwise.
-        if not waiting:
-            return
-        ahead = self._seconds(waiting + self._in_hand)
-        # A row is answered with its whole batch: as much as a batch after its own turn. Who is let in and then too late
-        # costs as much as who is answered.
-        needed = ahead + self._seconds(tokens) + self._batch_seconds
-        late = deadline is not None and time.monotonic() + needed > deadline
-        if late or ahead > self.options.max_queue_s or waiting + tokens > self.options.max_queue_tokens:
-            wait = self._drain_s()
-            problem = f"{waiting} tokens wait already" + (", too many for the deadline" if late else "")
-            raise OverloadedError(f"{problem}: try again in {wait:.1f} s", retry_after_s=wait)
+        self.backlog.check(tokens, deadline, self.options)
 
     def _check_open(self) -> None:
         if self._stopping or self.state in ("loading", "failed", "stopped") or self._failed_checks >= _GIVE_UP_AFTER:
@@ -231,15 +226,6 @@ class Batcher:
             return self._budget
         return min(self._budget, max(_LEAST_BATCH, int(self._tokens_per_s * self.options.batch_s)))
 
-    def _seconds(self, tokens: int) -> float:
-        """How long so many tokens take, at the rate of late; 0 where nothing is known."""
-        return tokens / self._tokens_per_s if self._tokens_per_s else 0.0
-
-    def _drain_s(self) -> float:
-        """Until half of what waits is done, at the rate of late."""
-        rate = self._tokens_per_s or self.options.budget_tokens
-        return min(60.0, max(0.1, 0.5 * (self._queued_tokens + self._reserved_tokens) / rate))
-
     def _drop(self, ticket: Ticket) -> None:
         """Take what has not begun out of the queue."""
         with self._condition:
@@ -254,6 +240,11 @@ class Batcher:
     def _note_queue(self) -> None:
         if self._observer:
             self._observer.queued(self._queued_tokens)
+        self._publish(self.backlog)
+
+    def tell_backlog(self, publish: Callable[[Backlog], None]) -> None:
+        """Call ``publish`` whenever the backlog changes, on whatever thread that happens."""
+        self._publish = publish
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -319,7 +310,7 @@ class Batcher:
             if ticket.gone:
                 continue
             # What would be late is not begun, but for one that is alone: how long it takes is an estimate.
-            needed = self._seconds(tokens + cost.tokens) if batch or self._queue else 0.0
+            needed = self.backlog.seconds(tokens + cost.tokens) if batch or self._queue else 0.0
             if ticket.deadline is not None and ticket.deadline <= now + needed:
                 ticket.end(DeadlineExceededError("the deadline passed while the request waited: give it more time"))
                 continue
@@ -333,6 +324,7 @@ class Batcher:
         """Run the batch and hand out what it gave; False where it raised."""
         since = time.monotonic()
         self._current, self._in_hand = batch, sum(entry.cost.tokens for entry in batch)
+        self._publish(self.backlog)
         tickets = list({id(entry.ticket): entry.ticket for entry in batch}.values())
         first = [ticket for ticket in tickets if ticket.started is None]
         for ticket in first:
@@ -360,6 +352,7 @@ class Batcher:
         for entry, result in zip(batch, results, strict=True):
             self._give(entry, result)
         self._current, self._in_hand = [], 0
+        self._publish(self.backlog)
         if self._observer:
             for ticket in first:
                 self._observer.waited(since - ticket.arrived)
