@@ -109,19 +109,16 @@ def prompts(data: Path, *, seed: int = 0, tokens: tuple[int, int] = (20, 60)) ->
     return kept
 
 
-def alike(texts: list[str], tokens: int = 40) -> Iterator[str]:
-    """Prompts of just so many tokens, each different from its first token on: their latencies differ by what happens to
-    them alone."""
+def alike(texts: list[str], tokens: int) -> Iterator[list[int]]:
+    """Prompts of just so many token ids, each different from its first token on: their latencies differ by what happens
+    to them alone."""
     from lenvm.backbones import load_tokenizer, resolve_backbone
 
     tokenizer = load_tokenizer(resolve_backbone("smollm2-135m-instruct", progress=False))
     for text in unique(texts):
         ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
-        if (
-            len(ids) == tokens
-            and len(tokenizer.encode(cut := tokenizer.decode(ids), add_special_tokens=False)) == tokens
-        ):
-            yield cut
+        if len(ids) == tokens:
+            yield ids
 
 
 def unique(texts: list[str]) -> Iterator[str]:
@@ -137,6 +134,7 @@ class Outcome:
     """What became of requests: latencies in seconds by status, and what broke."""
 
     latencies: dict[str, list[float]] = field(default_factory=dict)
+    outside: list[float] = field(default_factory=list)  # of those answered, the part beside queue and forward
     missing_retry_after: int = 0
     sent: int = 0
     seconds: float = 0.0
@@ -158,8 +156,13 @@ class Outcome:
 
     def ms(self, name: str, share: float) -> float | None:
         """A quantile of the latencies of one status, in milliseconds."""
-        times = sorted(self.latencies.get(name, []))
-        return 1000 * times[min(len(times) - 1, int(share * len(times)))] if times else None
+        times = self.latencies.get(name)
+        return quantile_ms(times, share) if times else None
+
+
+def quantile_ms(seconds: list[float], share: float) -> float:
+    """A quantile of some times, in milliseconds."""
+    return 1000 * sorted(seconds)[min(len(seconds) - 1, int(share * len(seconds)))]
 
 
 class _Caller:
@@ -184,8 +187,10 @@ class _Caller:
         except (OSError, EOFError, TimeoutError) as error:
             outcome.add(type(error).__name__, time.perf_counter() - since)
             return
-        status = headers[9:12].decode()
-        outcome.add(status, time.perf_counter() - since)
+        took, status = time.perf_counter() - since, headers[9:12].decode()
+        outcome.add(status, took)
+        if status == "200":
+            outcome.outside.append(took - (_number(headers, b"x-queue-ms") + _number(headers, b"x-inference-ms")) / 1e3)
         outcome.missing_retry_after += status == "429" and b"retry-after:" not in headers
         if b"connection: close" in headers:
             link[1].close()
@@ -195,6 +200,14 @@ class _Caller:
     def close(self) -> None:
         for _, writer in self.idle:
             writer.close()
+
+
+def _number(headers: bytes, name: bytes) -> float:
+    return float(headers.partition(name + b": ")[2].partition(b"\r\n")[0])
+
+
+def _body(prompt: str | list[int], fields: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt" if isinstance(prompt, str) else "token_ids": prompt, **fields}
 
 
 async def open_loop(
@@ -207,8 +220,7 @@ async def open_loop(
     tasks = []
     while at < begin + seconds:
         await asyncio.sleep(max(0.0, at - time.perf_counter()))
-        body = {"prompt": next(texts), **fields}
-        tasks.append(asyncio.create_task(caller.post("/predict_length", body, outcome)))
+        tasks.append(asyncio.create_task(caller.post("/predict_length", _body(next(texts), fields), outcome)))
         outcome.sent += 1
         at += 1 / rate if evenly else dice.expovariate(rate)
     outcome.seconds = time.perf_counter() - begin
@@ -217,7 +229,7 @@ async def open_loop(
     return outcome
 
 
-async def closed_loop(url: str, texts: Iterator[str], *, workers: int, seconds: float, **fields: Any) -> Outcome:
+async def closed_loop(url: str, texts: Iterator[Any], *, workers: int, seconds: float, **fields: Any) -> Outcome:
     """So many callers, each of whom waits for its answer."""
     outcome = Outcome()
     begin = time.perf_counter()
@@ -226,7 +238,7 @@ async def closed_loop(url: str, texts: Iterator[str], *, workers: int, seconds: 
         caller = _Caller(url)
         while time.perf_counter() - begin < seconds:
             outcome.sent += 1
-            await caller.post("/predict_length", {"prompt": next(texts), **fields}, outcome)
+            await caller.post("/predict_length", _body(next(texts), fields), outcome)
         caller.close()
 
     await asyncio.gather(*(call() for _ in range(workers)))
