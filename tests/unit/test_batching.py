@@ -337,6 +337,37 @@ def test_what_comes_after_a_batch_keeps_nobody_waiting_and_breaks_nothing(runner
     batcher.close()
 
 
+def test_what_comes_after_a_batch_goes_on_while_nothing_waits(runner: Runner) -> None:
+    left = 5
+    batches_at: list[int] = []
+    gate = threading.Event()
+
+    def finish() -> bool:
+        nonlocal left
+        assert gate.wait(10)
+        batches_at.append(len(runner.batches))
+        left -= 1
+        return left > 0
+
+    batcher = Batcher(runner.run, lambda job: Cost(1), finish=finish)
+    batcher.start()
+    until(lambda: batcher.state == "ready")
+
+    async def scenario() -> None:
+        await batcher.submit([job(1)])
+        second = asyncio.create_task(batcher.submit([job(2)]))  # the thread is inside finish, and takes it next
+        while not batcher._queued_tokens:
+            await asyncio.sleep(0.001)
+        gate.set()
+        await second
+
+    asyncio.run(scenario())
+    until(lambda: left == 0)
+    assert batches_at == [1, 2, 2, 2, 2]  # who waits goes before the rest of it
+    batcher.close()
+    assert len(batches_at) == 5
+
+
 def test_room_is_kept_before_the_tokens_are_known(runner: Runner, make: Any) -> None:
     async def scenario() -> None:
         batcher = make(max_queue_tokens=10)

@@ -229,6 +229,13 @@ class BlockPool:
 
     def read(self, blocks: Sequence[int]) -> torch.Tensor:
         """A copy of blocks, ``[B, 2, layers, kv_heads, block_size, head_dim]``, keys before values."""
+        if self._whole is not None and self.device.type == "cpu":
+            # Block by block into its place: gathering first copies everything three times.
+            made = torch.empty(len(blocks), 2, *self._size(self.shape.layers), dtype=self.dtype)
+            for to, block in zip(made, blocks, strict=True):
+                for side, tensor in enumerate(self._whole):
+                    to[side] = tensor[:, block]
+            return made
         at = to_device(np.asarray(blocks, dtype=np.int64), self.device)
         if self._whole is not None:
             both = torch.stack([tensor[:, at] for tensor in self._whole])
@@ -238,6 +245,16 @@ class BlockPool:
 
     def restore(self, blocks: Sequence[int], stored: torch.Tensor) -> None:
         """Fill whole blocks with what :meth:`read` gave."""
+        self._put(blocks, stored)
+        for block in blocks:
+            self._filled[block] = self.block_size
+
+    def _put(self, blocks: Sequence[int], stored: torch.Tensor) -> None:
+        if self._whole is not None and self.device.type == "cpu":
+            for block, both in zip(blocks, stored, strict=True):
+                for side, tensor in enumerate(self._whole):
+                    tensor[:, block] = both[side]
+            return
         at = to_device(np.asarray(blocks, dtype=np.int64), self.device)
         both = stored.to(self.device).permute(1, 2, 0, 3, 4, 5)
         for side, tensors in enumerate((self.keys, self.values)):
@@ -246,5 +263,3 @@ class BlockPool:
                 continue
             for layer, tensor in enumerate(tensors):
                 tensor[at] = both[side, layer]
-        for block in blocks:
-            self._filled[block] = self.block_size

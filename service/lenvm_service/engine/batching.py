@@ -49,7 +49,8 @@ class Batcher:
         cost: what a job adds to a batch.
         prepare: called on the thread before anything else (loads the model).
         check: called on the thread after ``run`` raised, until it returns: is the engine sound?
-        finish: called on the thread after a batch's answers were handed out: work that nobody waits for.
+        finish: called on the thread after a batch's answers were handed out: work that nobody waits for. While it gives
+            True, there is more of it, and it is called again as soon as nothing waits.
         relieve: called on the thread when memory ran out, before the batch is tried again in parts.
     """
 
@@ -61,7 +62,7 @@ class Batcher:
         options: BatcherOptions | None = None,
         prepare: Callable[[], None] = lambda: None,
         check: Callable[[int], None] = lambda attempt: None,
-        finish: Callable[[], None] = lambda: None,
+        finish: Callable[[], bool | None] = lambda: None,
         relieve: Callable[[], None] = lambda: None,
         observer: BatchObserver | None = None,
         tracing: Tracing | None = None,
@@ -89,6 +90,7 @@ class Batcher:
         self._failed_checks = 0
         self._beat = time.monotonic()
         self._current: list[Entry] = []  # the batch in hand
+        self._unfinished = False  # ``finish`` has more to do
         self._publish: Callable[[Backlog], None] = lambda backlog: None
         self._thread = threading.Thread(target=self._main, name=f"lenvm-{name}", daemon=True)
 
@@ -271,7 +273,10 @@ class Batcher:
         while not self._stopping:
             self._beat = time.monotonic()
             batch = self._next_half() if self._halves else self._next_batch()
-            if batch and not self._answer(batch):
+            if not batch:
+                if self._unfinished:
+                    self._finish_some()
+            elif not self._answer(batch):
                 self._recover()
 
     def _next_half(self) -> list[Entry]:
@@ -281,7 +286,7 @@ class Batcher:
     def _next_batch(self) -> list[Entry]:
         """The jobs that go first, up to the budget; none after a short wait, so that the heart beats."""
         with self._condition:
-            if not self._queue:
+            if not self._queue and not self._unfinished:
                 self._condition.wait(_IDLE_S)
             if not self._queue:
                 self._lone = True
@@ -357,11 +362,15 @@ class Batcher:
             for ticket in first:
                 self._observer.waited(since - ticket.arrived)
             self._observer.batch(len(batch), tokens, seconds)
+        self._finish_some()
+        return True
+
+    def _finish_some(self) -> None:
+        self._unfinished = False
         try:
-            self._finish()
+            self._unfinished = bool(self._finish())
         except Exception:  # everyone has their answer
             logger.exception("%s: the work after a batch failed", self.name)
-        return True
 
     def _note_rate(self, rate: float) -> None:
         self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate

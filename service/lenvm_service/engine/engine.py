@@ -336,11 +336,11 @@ class Engine:
         tier.start()
         return tier
 
-    def _share(self) -> None:
+    def _share(self) -> bool:
         if self.tier is not None:
-            leave_shared(self.core, self.tier)
-        else:
-            self.core.prefixes.begin()  # nobody wants what was added
+            return leave_shared(self.core, self.tier)
+        self.core.prefixes.begin()  # nobody wants what was added
+        return False
 
     def _relieve(self) -> None:
         """Memory ran out: let go of what only saves time."""
