@@ -155,7 +155,9 @@ def fuzz(bench: Bench) -> dict[str, Any]:
     root, key = bytes(32), bytes(range(32))
     block = dice.standard_normal(layout.shape).astype(np.float32).reshape(-1).view(np.uint8)
     record = SessionRecord(dice.integers(0, 9, 40).astype("<u4").tobytes(), -1.0, np.zeros(4))
-    seeds = [(codec, codec.pack_block(root, key, block), codec.pack_session(root, key, record)) for codec in codecs]
+    seeds = [
+        (codec, bytes(codec.pack_block(root, key, block)), codec.pack_session(root, key, record)) for codec in codecs
+    ]
     end = time.monotonic() + bench.seconds(600)
     cases = refused = crashes = forged = 0
     while time.monotonic() < end:
