@@ -242,7 +242,11 @@ class Batcher:
     def _note_queue(self) -> None:
         if self._observer:
             self._observer.queued(self._queued_tokens)
-        self._publish(self.backlog)
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._condition:  # or an older backlog could be told after a newer one, and stand there
+            self._publish(self.backlog)
 
     def tell_backlog(self, publish: Callable[[Backlog], None]) -> None:
         """Call ``publish`` whenever the backlog changes, on whatever thread that happens."""
@@ -329,7 +333,7 @@ class Batcher:
         """Run the batch and hand out what it gave; False where it raised."""
         since = time.monotonic()
         self._current, self._in_hand = batch, sum(entry.cost.tokens for entry in batch)
-        self._publish(self.backlog)
+        self._tell()
         tickets = list({id(entry.ticket): entry.ticket for entry in batch}.values())
         first = [ticket for ticket in tickets if ticket.started is None]
         for ticket in first:
@@ -357,7 +361,7 @@ class Batcher:
         for entry, result in zip(batch, results, strict=True):
             self._give(entry, result)
         self._current, self._in_hand = [], 0
-        self._publish(self.backlog)
+        self._tell()
         if self._observer:
             for ticket in first:
                 self._observer.waited(since - ticket.arrived)
