@@ -50,15 +50,24 @@ class _Setup:
     root: ChainRoot
     device: str
 
-    def timed(self, work: Callable[[], Any], repeats: int) -> float:
-        """Median milliseconds; what ``work`` gives is closed, outside of the time."""
-        times = []
+    def timed(self, work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+        """Median milliseconds, and the last state that ``work`` gave; the others are closed, outside of the time."""
+        times: list[float] = []
+        made = None
         for _ in range(repeats):
+            if made is not None:
+                made.close()
             since = self._now()
             made = work()
             times.append(1e3 * (self._now() - since))
-            made.close()
-        return statistics.median(times)
+        return statistics.median(times), made
+
+    def restored(self, keys: list[bytes], values: Callable[[], list[bytes]]) -> float:
+        """Median milliseconds of a restore; the first one may still allocate, and is thrown away."""
+        self.restore(keys, values()).close()
+        taken, state = self.timed(lambda: self.restore(keys, values()), 5)
+        state.close()
+        return taken
 
     def restore(self, keys: list[bytes], values: list[bytes]) -> Any:
         """A state from packed blocks, each checked."""
@@ -82,7 +91,7 @@ def _measure(name: str, folder: Path, device: str, quick: bool) -> dict[str, Any
     setup = _Setup(scorer, Codec(scorer.layout, num_bins=model.config.head.num_bins), root, device)
     ids = torch.randint(100, 1000, (longest,), generator=torch.Generator().manual_seed(1)).tolist()
     blocks = root.extend(ids).blocks
-    repeats = 1 if quick or (device == "cpu" and name != "135m") else 5
+    repeats = 1 if quick or (device == "cpu" and name != "135m") else 3
     curves: dict[str, list[float]] = {"compute_ms": [], "memory_ms": [], "network_ms": []}
     with _redis(folder / f"redis-{name}") as fetch:
         for tokens in lengths:
@@ -92,28 +101,20 @@ def _measure(name: str, folder: Path, device: str, quick: bool) -> dict[str, Any
 
             if device != "cpu" or tokens == lengths[0]:
                 compute().close()  # the first may still allocate, and on a GPU compile
-            curves["compute_ms"].append(setup.timed(compute, repeats))
+            taken, state = setup.timed(compute, repeats)
+            curves["compute_ms"].append(taken)
             keys = [block.key for block in blocks[: tokens // scorer.layout.tokens]]
-            state = compute()
             dumped = scorer.dump(scorer.blocks(state))
-            values = [
-                setup.codec.pack_block(root.digest, key, payload) for key, payload in zip(keys, dumped, strict=True)
-            ]
             state.close()
             del state
-            setup.restore(keys, values).close()
-            held = setup.timed(lambda keys=keys, values=values: setup.restore(keys, values), 5)
+            values = [bytes(setup.codec.pack_block(root.digest, *pair)) for pair in zip(keys, dumped, strict=True)]
+            held = setup.restored(keys, lambda values=values: values)
             curves["memory_ms"].append(held)
             sent = sum(map(len, values)) / NETWORK_BYTES_PER_S + 2 * ROUND_TRIP_S
             curves["network_ms"].append(held + 1e3 * sent)
             if fetch is not None:
-                from lenvm_service.prefix_cache.redis_tier import block_name
-
-                fetch.store(dict(zip(map(block_name, keys), values, strict=True)))
-                names = [block_name(key) for key in keys]
-                curves.setdefault("redis_ms", []).append(
-                    setup.timed(lambda keys=keys, names=names: setup.restore(keys, fetch.values(names)), 5)
-                )
+                fetch.store(keys, values)
+                curves.setdefault("redis_ms", []).append(setup.restored(keys, lambda keys=keys: fetch.values(keys)))
     found = {"tokens": lengths, **curves, "block_bytes": setup.codec.block_bytes}
     for way in ("memory", "network", "redis"):
         if f"{way}_ms" in curves:
@@ -126,19 +127,21 @@ class _Redis:
     """A redis-server over loopback, asked as the service asks: which blocks are there, and then for them."""
 
     def __init__(self, client: Any) -> None:
-        self.client = client
+        from lenvm_service.prefix_cache.redis_tier import block_name
 
-    def store(self, values: dict[str, bytes]) -> None:
+        self.client, self.name = client, block_name
+
+    def store(self, keys: list[bytes], values: list[bytes]) -> None:
         """Put values there."""
-        for name, value in values.items():
-            self.client.set(name, value)
+        for key, value in zip(keys, values, strict=True):
+            self.client.set(self.name(key), value)
 
-    def values(self, names: list[str]) -> list[bytes]:
+    def values(self, keys: list[bytes]) -> list[bytes]:
         """Two pipelined questions."""
         for question in ("strlen", "get"):
             pipe = self.client.pipeline(transaction=False)
-            for name in names:
-                getattr(pipe, question)(name)
+            for key in keys:
+                getattr(pipe, question)(self.name(key))
             found: list[bytes] = pipe.execute()
         return found
 

@@ -129,6 +129,12 @@ def test_a_worker_refuses_by_itself(tiny_checkpoint: Path) -> None:
         host.board.write(0, Backlog(waiting=2500, in_hand=100, tokens_per_s=200.0, batch_s=0.5))
         with pytest.raises(OverloadedError):  # 13 s
             engine.reserve(10)
+        # What was estimated too low is counted before it goes anywhere.
+        host.board.write(0, Backlog(waiting=1000, in_hand=100, tokens_per_s=200.0, batch_s=0.5))
+        engine.reserve(10, deadline=now + 7)
+        with pytest.raises(OverloadedError):
+            async with asyncio.timeout(30):
+                await engine.submit([PredictJob(Prefix([1] * 300))], deadline=now + 7)
 
     asyncio.run(run())
 

@@ -20,7 +20,7 @@ from typing import Any
 from lenvm.backbones import load_tokenizer
 from lenvm.config import LenVMConfig
 from lenvm_service.api import create_app
-from lenvm_service.engine.jobs import Job, Reply
+from lenvm_service.engine.jobs import Job, Reply, new_tokens
 from lenvm_service.engine.queueing import BatcherOptions, Reservation
 from lenvm_service.errors import NotReadyError
 from lenvm_service.logs import configure_logging
@@ -127,8 +127,11 @@ class RemoteEngine:
 
         Under overload nearly everything is refused: that costs its process nothing, and the caller no way to it.
         """
-        self._host.board.read(self._at).check(tokens, deadline, self._limits)
+        self._check_room(tokens, deadline)
         return Reservation(0, lambda tokens: None)
+
+    def _check_room(self, tokens: int, deadline: float | None) -> None:
+        self._host.board.read(self._at).check(tokens, deadline, self._limits)
 
     async def submit(
         self,
@@ -139,6 +142,9 @@ class RemoteEngine:
         reservation: Reservation | None = None,
     ) -> Reply:
         """See ``Engine.submit``; both processes read the same monotonic clock."""
+        # Once more, now that the tokens are counted: what the host would refuse need not go there.
+        if (tokens := sum(map(new_tokens, jobs))) <= self._limits.max_queue_tokens:
+            self._check_room(tokens, deadline)
         told = [job_fields(job) for job in jobs]
         trace = {} if self._host.tracing is None else {"trace": self._host.tracing.carrier()}
         found = await self._host.ask(engine=self.name, jobs=told, deadline=deadline, priority=priority, **trace)
