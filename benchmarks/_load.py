@@ -24,6 +24,24 @@ sys.path.insert(0, str(ROOT))  # tests/support: the redis-server that may be kil
 
 from tests.support.redis_server import free_port  # noqa: E402
 
+SECRET = ("--secret", "benchmark-secret-0123")
+CACHE_TOKENS = 12_288  # little more than one context, the least that the service takes
+
+
+class Bench:
+    """One run. ``quick``: everything at a twentieth of its length, to see that it works."""
+
+    def __init__(self, data: Path, folder: Path, quick: bool) -> None:
+        self.folder, self.quick = folder, quick
+        self.texts = prompts(data)
+        self.long = prompts(data, tokens=(60, 200))
+
+    def seconds(self, wanted: float) -> float:
+        return max(3.0, wanted / 20) if self.quick else wanted
+
+    def count(self, wanted: int) -> int:
+        return max(8, wanted // 20) if self.quick else wanted
+
 
 class Replica:
     """``lenvm serve`` with one torch thread."""
@@ -91,19 +109,16 @@ def prompts(data: Path, *, seed: int = 0, tokens: tuple[int, int] = (20, 60)) ->
     return kept
 
 
-def alike(texts: list[str], tokens: int = 40) -> Iterator[str]:
-    """Prompts of just so many tokens, each different from its first token on: their latencies differ by what happens to
-    them alone."""
+def alike(texts: list[str], tokens: int) -> Iterator[list[int]]:
+    """Prompts of just so many token ids, each different from its first token on: their latencies differ by what happens
+    to them alone."""
     from lenvm.backbones import load_tokenizer, resolve_backbone
 
     tokenizer = load_tokenizer(resolve_backbone("smollm2-135m-instruct", progress=False))
     for text in unique(texts):
         ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
-        if (
-            len(ids) == tokens
-            and len(tokenizer.encode(cut := tokenizer.decode(ids), add_special_tokens=False)) == tokens
-        ):
-            yield cut
+        if len(ids) == tokens:
+            yield ids
 
 
 def unique(texts: list[str]) -> Iterator[str]:
@@ -119,6 +134,7 @@ class Outcome:
     """What became of requests: latencies in seconds by status, and what broke."""
 
     latencies: dict[str, list[float]] = field(default_factory=dict)
+    outside: list[float] = field(default_factory=list)  # of those answered, the part beside queue and forward
     missing_retry_after: int = 0
     sent: int = 0
     seconds: float = 0.0
@@ -140,8 +156,13 @@ class Outcome:
 
     def ms(self, name: str, share: float) -> float | None:
         """A quantile of the latencies of one status, in milliseconds."""
-        times = sorted(self.latencies.get(name, []))
-        return 1000 * times[min(len(times) - 1, int(share * len(times)))] if times else None
+        times = self.latencies.get(name)
+        return quantile_ms(times, share) if times else None
+
+
+def quantile_ms(seconds: list[float], share: float) -> float:
+    """A quantile of some times, in milliseconds."""
+    return 1000 * sorted(seconds)[min(len(seconds) - 1, int(share * len(seconds)))]
 
 
 class _Caller:
@@ -166,8 +187,10 @@ class _Caller:
         except (OSError, EOFError, TimeoutError) as error:
             outcome.add(type(error).__name__, time.perf_counter() - since)
             return
-        status = headers[9:12].decode()
-        outcome.add(status, time.perf_counter() - since)
+        took, status = time.perf_counter() - since, headers[9:12].decode()
+        outcome.add(status, took)
+        if status == "200":
+            outcome.outside.append(took - (_number(headers, b"x-queue-ms") + _number(headers, b"x-inference-ms")) / 1e3)
         outcome.missing_retry_after += status == "429" and b"retry-after:" not in headers
         if b"connection: close" in headers:
             link[1].close()
@@ -177,6 +200,14 @@ class _Caller:
     def close(self) -> None:
         for _, writer in self.idle:
             writer.close()
+
+
+def _number(headers: bytes, name: bytes) -> float:
+    return float(headers.partition(name + b": ")[2].partition(b"\r\n")[0])
+
+
+def _body(prompt: str | list[int], fields: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt" if isinstance(prompt, str) else "token_ids": prompt, **fields}
 
 
 async def open_loop(
@@ -189,8 +220,7 @@ async def open_loop(
     tasks = []
     while at < begin + seconds:
         await asyncio.sleep(max(0.0, at - time.perf_counter()))
-        body = {"prompt": next(texts), **fields}
-        tasks.append(asyncio.create_task(caller.post("/predict_length", body, outcome)))
+        tasks.append(asyncio.create_task(caller.post("/predict_length", _body(next(texts), fields), outcome)))
         outcome.sent += 1
         at += 1 / rate if evenly else dice.expovariate(rate)
     outcome.seconds = time.perf_counter() - begin
@@ -199,7 +229,7 @@ async def open_loop(
     return outcome
 
 
-async def closed_loop(url: str, texts: Iterator[str], *, workers: int, seconds: float, **fields: Any) -> Outcome:
+async def closed_loop(url: str, texts: Iterator[Any], *, workers: int, seconds: float, **fields: Any) -> Outcome:
     """So many callers, each of whom waits for its answer."""
     outcome = Outcome()
     begin = time.perf_counter()
@@ -208,7 +238,7 @@ async def closed_loop(url: str, texts: Iterator[str], *, workers: int, seconds: 
         caller = _Caller(url)
         while time.perf_counter() - begin < seconds:
             outcome.sent += 1
-            await caller.post("/predict_length", {"prompt": next(texts), **fields}, outcome)
+            await caller.post("/predict_length", _body(next(texts), fields), outcome)
         caller.close()
 
     await asyncio.gather(*(call() for _ in range(workers)))

@@ -13,7 +13,7 @@ import pytest
 from lenvm.errors import InvalidRequestError
 from lenvm_service.engine.batching import Batcher
 from lenvm_service.engine.jobs import PredictJob, Prefix, Result
-from lenvm_service.engine.queueing import BatcherOptions, Cost
+from lenvm_service.engine.queueing import Backlog, BatcherOptions, Cost
 from lenvm_service.errors import (
     DeadlineExceededError,
     InternalError,
@@ -337,6 +337,37 @@ def test_what_comes_after_a_batch_keeps_nobody_waiting_and_breaks_nothing(runner
     batcher.close()
 
 
+def test_what_comes_after_a_batch_goes_on_while_nothing_waits(runner: Runner) -> None:
+    left = 5
+    batches_at: list[int] = []
+    gate = threading.Event()
+
+    def finish() -> bool:
+        nonlocal left
+        assert gate.wait(10)
+        batches_at.append(len(runner.batches))
+        left -= 1
+        return left > 0
+
+    batcher = Batcher(runner.run, lambda job: Cost(1), finish=finish)
+    batcher.start()
+    until(lambda: batcher.state == "ready")
+
+    async def scenario() -> None:
+        await batcher.submit([job(1)])
+        second = asyncio.create_task(batcher.submit([job(2)]))  # the thread is inside finish, and takes it next
+        while not batcher._queued_tokens:
+            await asyncio.sleep(0.001)
+        gate.set()
+        await second
+
+    asyncio.run(scenario())
+    until(lambda: left == 0)
+    assert batches_at == [1, 2, 2, 2, 2]  # who waits goes before the rest of it
+    batcher.close()
+    assert len(batches_at) == 5
+
+
 def test_room_is_kept_before_the_tokens_are_known(runner: Runner, make: Any) -> None:
     async def scenario() -> None:
         batcher = make(max_queue_tokens=10)
@@ -381,6 +412,35 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(runner: Runner, make: An
             assert caught.value.retry_after_s == pytest.approx(1.25)
         runner.gate.set()
         await asyncio.gather(first, second)
+
+    asyncio.run(scenario())
+
+
+def test_the_backlog_is_told_whenever_it_changes(runner: Runner, make: Any) -> None:
+    async def scenario() -> None:
+        batcher = make()
+        told = [Backlog()]
+        batcher.tell_backlog(told.append)
+        first = await held(runner, batcher)
+        tokens = told[-1].in_hand
+        assert tokens > 0
+        second = asyncio.create_task(batcher.submit([job(*range(15))]))
+        while told[-1].waiting != 15:
+            await asyncio.sleep(0.001)
+        assert told[-1] == batcher.backlog == Backlog(15, tokens, 0.0, 0.0)
+        third = asyncio.create_task(batcher.submit([job(*range(7))]))
+        while told[-1].waiting != 22:
+            await asyncio.sleep(0.001)
+        third.cancel()
+        await asyncio.gather(third, return_exceptions=True)
+        assert told[-1].waiting == 15
+        runner.gate.set()
+        await asyncio.gather(first, second)
+        while told[-1].in_hand:  # the thread tells after it has answered
+            await asyncio.sleep(0.001)
+        assert told[-1].waiting == 0
+        assert told[-1].tokens_per_s > 0
+        assert told[-1].batch_s > 0
 
     asyncio.run(scenario())
 

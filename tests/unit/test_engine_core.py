@@ -14,7 +14,7 @@ from lenvm.guidance import Objective, log_weights, resolve_scale
 from lenvm.modeling import LengthValueModel
 from lenvm.returns import horizon_from_logit, length_shift, value_from_logit
 from lenvm.scoring import TorchScorer
-from lenvm_service.engine import CandidateJob, EngineCore, PredictJob, Prefix, SessionStore, TokenScoreJob
+from lenvm_service.engine import CandidateJob, EngineCore, PredictJob, Prefix, SessionStore, TokenScoreJob, sharing
 from lenvm_service.engine.jobs import Shared
 from lenvm_service.errors import OverloadedError, PrefixUnknownError
 from lenvm_service.prefix_cache import ChainRoot, SessionRecord
@@ -431,6 +431,46 @@ def test_what_the_shared_tier_found_is_loaded(tiny_model: LengthValueModel) -> N
     # Blocks that do not follow what is held are of no use, and do no harm.
     third = make(tiny_model)
     assert one(third, PredictJob(Prefix(text, shared=Shared(1, payloads[1:]))))["cached_tokens"] == 0
+
+
+class Tier:
+    """Takes what it is offered, as long as it has room."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[bytes, bytes]] = []
+        self.sessions: list[str] = []
+        self.takes_blocks = True
+
+    def offer_block(self, chain: Any, block: Any, payload: Any) -> None:
+        self.blocks.append((block.key, payload.tobytes()))
+
+    def offer_session(self, chain: Any, logit: float, bins: Any) -> None:
+        self.sessions.append(chain.handle)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_what_is_left_for_the_shared_tier_is_copied_bit_by_bit(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(sharing, "_COPY_S", seconds)
+    text, tier = ids(29, 330), Tier()
+    row = one(core, PredictJob(Prefix(text)))
+    blocks = core.prefixes.root().extend(text).blocks
+    held = core.scorer.dump([core.prefixes.blocks.get(block.key) for block in blocks])
+    rounds = 1
+    while sharing.leave_shared(core, tier):  # type: ignore[arg-type]
+        rounds += 1
+        assert len(tier.blocks) == sharing._COPIED * (rounds - 1)
+    assert rounds == (3 if seconds == 0.0 else 1)
+    assert tier.sessions == [row["session"]]
+    assert tier.blocks == [(b.key, payload.tobytes()) for b, payload in zip(blocks, held, strict=True)]
+    assert not sharing.leave_shared(core, tier)  # type: ignore[arg-type]
+    # What comes in between goes behind it; what nobody takes is forgotten.
+    one(core, PredictJob(Prefix(ids(30, 330))))
+    tier.takes_blocks = False
+    assert not sharing.leave_shared(core, tier)  # type: ignore[arg-type]
+    assert len(tier.blocks) == 10
+    assert not core.prefixes.unshared
 
 
 def test_numbers_from_the_shared_tier_need_no_model(core: EngineCore) -> None:

@@ -200,8 +200,8 @@ from lenvm.scoring import ScoreRow, TorchScorer
 
 model = LengthValueModel.from_pretrained(sys.argv[1])
 plain = TorchScorer(model, pool_tokens=2048)
-plain.pool
-BlockPool.has_step_kernel = property(lambda self: self.max_blocks == self.num_blocks)
+unfused = plain.pool
+BlockPool.has_step_kernel = property(lambda self: self is not unfused)
 graphed = TorchScorer(LengthValueModel.from_pretrained(sys.argv[1]), pool_tokens=2048)
 graphed._pool = BlockPool(PoolShape.of(model.decoder.config), max_blocks=65, initial_blocks=65, block_size=32)
 graphed._use_fused(compiled=False)

@@ -120,7 +120,7 @@ def test_int8_is_a_quarter_and_close(dtype: str) -> None:
 @pytest.mark.parametrize("secret", [b"", SECRET])
 def test_no_changed_byte_goes_unnoticed(secret: bytes) -> None:
     codec = Codec(LAYOUT, num_bins=3, secret=secret)
-    value = codec.pack_block(ROOT, KEY, block())
+    value = bytes(codec.pack_block(ROOT, KEY, block()))
     for at in range(len(value)):
         for change in (1, 0x80):
             wrong = bytearray(value)
@@ -134,7 +134,7 @@ def test_no_changed_byte_goes_unnoticed(secret: bytes) -> None:
 
 def test_a_value_of_another_key_model_kind_or_secret_is_refused() -> None:
     codec = Codec(LAYOUT, num_bins=3, secret=SECRET)
-    value = codec.pack_block(ROOT, KEY, block())
+    value = bytes(codec.pack_block(ROOT, KEY, block()))
     session = codec.pack_session(ROOT, KEY, SessionRecord(bytes(4), 0.0, np.zeros(3)))
     with pytest.raises(CodecError, match="another"):
         codec.unpack_block(ROOT, b"x" * 32, value)

@@ -22,10 +22,14 @@ from lenvm.errors import ContextTooLongError, InvalidRequestError, LenVMError
 from lenvm.guidance import Objective
 from lenvm_service.api.errors import RequestError, error_object
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.engine.queueing import Backlog, BatcherOptions
 from lenvm_service.errors import InternalError, OverloadedError, PrefixUnknownError
+from lenvm_service.workers.board import Board
 from lenvm_service.workers.channel import Channel, error_fields, job_fields, job_of, result_fields, result_of
+from lenvm_service.workers.remote import Host, RemoteEngine
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("models", "service", "clients"))
 JOBS: list[Job] = [
     PredictJob(Prefix([1, 2, 3], tenant="a"), quantiles=[0.5], max_tokens=7, generated=2),
     PredictJob(Prefix([], session="s-1"), quantiles=[0.5, 0.9]),
@@ -92,6 +96,49 @@ def _crossed(told: dict[str, Any], read: Any) -> Any:
     return read(asyncio.run(run()))
 
 
+# -- what waits, told without a word -----------------------------------------------------------------------------------
+
+
+def test_a_board_is_read_in_another_process() -> None:
+    board = Board.create(2)
+    told = Backlog(waiting=120.0, in_hand=30.0, tokens_per_s=500.5, batch_s=0.25)
+    board.write(1, told)
+    assert board.read(0) == Backlog()
+    assert board.read(1) == told
+    code = "import sys; from lenvm_service.workers.board import Board; print(Board(int(sys.argv[1])).read(1))"
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-c", code, str(board.fileno())]
+    read = subprocess.run(command, pass_fds=[board.fileno()], env=environment, capture_output=True, text=True)
+    assert read.stdout.strip() == str(told), read.stderr
+
+
+def test_a_worker_refuses_by_itself(tiny_checkpoint: Path) -> None:
+    async def run() -> None:
+        host = Host(Board.create(1))  # its channel leads nowhere: whoever asks waits for ever
+        engine = RemoteEngine("m", tiny_checkpoint, host, 0, BatcherOptions(max_queue_s=10, max_queue_tokens=5000))
+        now = time.monotonic()
+        engine.reserve(10_000, deadline=now + 0.001)  # nothing waits
+        host.board.write(0, Backlog(waiting=1000, in_hand=100, tokens_per_s=200.0, batch_s=0.5))
+        engine.reserve(10, deadline=now + 60)
+        engine.reserve(10)
+        with pytest.raises(OverloadedError, match="too many for the deadline") as caught:
+            engine.reserve(10, deadline=now + 5.5)
+        assert caught.value.retry_after_s == pytest.approx(2.5)
+        with pytest.raises(OverloadedError):
+            engine.reserve(4001)
+        host.board.write(0, Backlog(waiting=2500, in_hand=100, tokens_per_s=200.0, batch_s=0.5))
+        with pytest.raises(OverloadedError):  # 13 s
+            engine.reserve(10)
+        # What was estimated too low is counted before it goes anywhere.
+        host.board.write(0, Backlog(waiting=1000, in_hand=100, tokens_per_s=200.0, batch_s=0.5))
+        engine.reserve(10, deadline=now + 7)
+        with pytest.raises(OverloadedError):
+            async with asyncio.timeout(30):
+                await engine.submit([PredictJob(Prefix([1] * 300))], deadline=now + 7)
+
+    asyncio.run(run())
+
+
 # -- the real server ---------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +149,7 @@ def served(
     """``lenvm serve`` with the tiny model and two workers."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("models", "service", "clients")),
+        "PYTHONPATH": PYTHONPATH,
     }
     command = [sys.executable, "-m", "lenvm_service.cli", "serve", "--port", "0", "--model", str(tiny_checkpoint)]
     log = (tmp_path_factory.mktemp("workers") / "log").open("w")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lenvm._pages import reserved
 from lenvm.errors import PoolExhaustedError
 
 __all__ = ["BlockPool", "PoolShape", "to_device"]
@@ -49,9 +52,12 @@ class BlockPool:
 
     Block 0 is never handed out: padded rows write and read there. A block may belong to several prefix states at once.
     Blocks are append-only: ``fork`` lets the first child of a state go on in its half-filled last block and gives every
-    later child a copy (copy-on-write), so what a state refers to never changes. The pool starts small and
-    doubles up to ``max_blocks``; with ``initial_blocks == max_blocks`` the tensors never move, which CUDA graphs need,
-    and all layers lie in one tensor, so that a copy or a write is one operation and not one for each layer.
+    later child a copy (copy-on-write), so what a state refers to never changes.
+
+    On the CPU the pool has its full size at once and takes memory as blocks are first written. On other devices, and
+    where the system refuses that, it starts with ``initial_blocks`` and doubles: all that it holds is copied then, and
+    a request waits. At full size the tensors never move, which CUDA graphs need, and all layers lie in one tensor, so
+    that a copy or a write is one operation and not one for each layer.
     """
 
     def __init__(
@@ -69,24 +75,36 @@ class BlockPool:
         self.max_blocks = max_blocks
         self.device = torch.device(device)
         self.dtype = dtype
-        self.num_blocks = min(initial_blocks or 64, max_blocks)
         # [layers, blocks, kv_heads, block_size, head_dim] twice, or None where the pool grows.
         self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
-        if self.num_blocks == max_blocks:
+        if initial_blocks is None and self.device.type == "cpu":
+            with contextlib.suppress(OSError):
+                self._whole = self._reserve(), self._reserve()
+        self.num_blocks = max_blocks if self._whole is not None else min(initial_blocks or 64, max_blocks)
+        if self.num_blocks == max_blocks and self._whole is None:
             self._whole = self._new(shape.layers, max_blocks), self._new(shape.layers, max_blocks)
+        if self._whole is not None:
             self.keys, self.values = (list(tensor.unbind(0)) for tensor in self._whole)
         else:
             self.keys = [self._new(self.num_blocks) for _ in range(shape.layers)]
             self.values = [self._new(self.num_blocks) for _ in range(shape.layers)]
         self._free = list(range(self.num_blocks - 1, 0, -1))
         # Lists, not arrays: they are read and written one block at a time, for every row of every step.
+        self._used = 0
         self._references = [0] * self.num_blocks
         self._filled = [0] * self.num_blocks
 
     def _new(self, *blocks: int) -> torch.Tensor:
         # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN of stale memory is NaN.
-        size = (*blocks, self.shape.kv_heads, self.block_size, self.shape.head_dim)
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+        return torch.zeros(self._size(*blocks), dtype=self.dtype, device=self.device)
+
+    def _size(self, *blocks: int) -> tuple[int, ...]:
+        return *blocks, self.shape.kv_heads, self.block_size, self.shape.head_dim
+
+    def _reserve(self) -> torch.Tensor:
+        """Zeros of the pool's full size, on the CPU. Raises OSError."""
+        size = self._size(self.shape.layers, self.max_blocks)
+        return torch.from_numpy(reserved(math.prod(size) * self.dtype.itemsize)).view(self.dtype).view(size)
 
     @property
     def has_step_kernel(self) -> bool:
@@ -108,7 +126,7 @@ class BlockPool:
     @property
     def used_blocks(self) -> int:
         """Blocks that at least one state holds."""
-        return sum(count > 0 for count in self._references)
+        return self._used
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens fill, the last perhaps in part."""
@@ -131,6 +149,7 @@ class BlockPool:
         for block in blocks:
             self._references[block] = 1
             self._filled[block] = 0
+        self._used += count
         return blocks
 
     def _grow(self) -> None:
@@ -156,6 +175,7 @@ class BlockPool:
         for block in blocks:
             references[block] -= 1
             if references[block] == 0:
+                self._used -= 1
                 self._free.append(block)
 
     def fork(
@@ -227,6 +247,13 @@ class BlockPool:
 
     def read(self, blocks: Sequence[int]) -> torch.Tensor:
         """A copy of blocks, ``[B, 2, layers, kv_heads, block_size, head_dim]``, keys before values."""
+        if self._whole is not None and self.device.type == "cpu":
+            # Block by block into its place: gathering first copies everything three times.
+            made = torch.empty(len(blocks), 2, *self._size(self.shape.layers), dtype=self.dtype)
+            for to, block in zip(made, blocks, strict=True):
+                for side, tensor in enumerate(self._whole):
+                    to[side] = tensor[:, block]
+            return made
         at = to_device(np.asarray(blocks, dtype=np.int64), self.device)
         if self._whole is not None:
             both = torch.stack([tensor[:, at] for tensor in self._whole])
@@ -236,6 +263,16 @@ class BlockPool:
 
     def restore(self, blocks: Sequence[int], stored: torch.Tensor) -> None:
         """Fill whole blocks with what :meth:`read` gave."""
+        self._put(blocks, stored)
+        for block in blocks:
+            self._filled[block] = self.block_size
+
+    def _put(self, blocks: Sequence[int], stored: torch.Tensor) -> None:
+        if self._whole is not None and self.device.type == "cpu":
+            for block, both in zip(blocks, stored, strict=True):
+                for side, tensor in enumerate(self._whole):
+                    tensor[:, block] = both[side]
+            return
         at = to_device(np.asarray(blocks, dtype=np.int64), self.device)
         both = stored.to(self.device).permute(1, 2, 0, 3, 4, 5)
         for side, tensors in enumerate((self.keys, self.values)):
@@ -244,5 +281,3 @@ class BlockPool:
                 continue
             for layer, tensor in enumerate(tensors):
                 tensor[at] = both[side, layer]
-        for block in blocks:
-            self._filled[block] = self.block_size

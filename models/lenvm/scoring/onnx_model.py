@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from lenvm._pages import reserved
 from lenvm.backbones import load_tokenizer
 from lenvm.config import GRAPH_FILE, LenVMConfig
 from lenvm.errors import ArtifactError, InvalidRequestError
@@ -108,11 +110,18 @@ class KeyValueStore:
                 self._arrays[f"{what}.{layer}"][slots] = flat[side, layer]
 
     def resize(self, slots: int) -> None:
-        """Make room for so many slots; what was stored stays."""
+        """Make room for so many slots; what was stored stays. On the CPU a slot takes memory when it is first written.
+
+        Raises OSError where the system has no address space for that.
+        """
         info = self.model.info
+        size, dtype = (slots, info.kv_heads * info.head_dim), np.dtype(info.dtype)
         for name, held in self._tensors.items():
             # Zeros, not empty: padded places are multiplied by 0, and 0 x NaN of stale memory is NaN.
-            array = np.zeros((slots, info.kv_heads * info.head_dim), dtype=info.dtype)
+            if self.on_cpu:
+                array = reserved(math.prod(size) * dtype.itemsize).view(dtype).reshape(size)
+            else:
+                array = np.zeros(size, dtype=dtype)
             if held is not None:
                 array[: self.slots] = self._arrays[name] if self.on_cpu else held.numpy()
             tensor = self._tensors[name] = self._tensor(array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -233,8 +234,14 @@ class OnnxScorer:
         return blocks
 
     def _fit(self) -> None:
-        if self._store.slots != self.pool.num_blocks:
-            self._store.resize(self.pool.num_blocks)
+        if self._store.slots >= self.pool.num_blocks:
+            return
+        if self._store.on_cpu:
+            # All of them at once: growing would copy what is held, while a request waits.
+            with contextlib.suppress(OSError):
+                self._store.resize(self.pool.max_blocks)
+                return
+        self._store.resize(self.pool.num_blocks)
 
     def _begin(self, row: ScoreRow) -> _Work:
         """Slots for a row; a first appended token that the state was scored with is promoted."""

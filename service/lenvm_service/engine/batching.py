@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lenvm_service.engine.jobs import Job, Reply, Result
-from lenvm_service.engine.queueing import BatcherOptions, BatchObserver, Cost, Entry, Reservation, Ticket
+from lenvm_service.engine.queueing import Backlog, BatcherOptions, BatchObserver, Cost, Entry, Reservation, Ticket
 from lenvm_service.errors import (
     DeadlineExceededError,
     InternalError,
@@ -49,7 +49,8 @@ class Batcher:
         cost: what a job adds to a batch.
         prepare: called on the thread before anything else (loads the model).
         check: called on the thread after ``run`` raised, until it returns: is the engine sound?
-        finish: called on the thread after a batch's answers were handed out: work that nobody waits for.
+        finish: called on the thread after a batch's answers were handed out: work that nobody waits for. While it gives
+            True, there is more of it, and it is called again as soon as nothing waits.
         relieve: called on the thread when memory ran out, before the batch is tried again in parts.
     """
 
@@ -61,7 +62,7 @@ class Batcher:
         options: BatcherOptions | None = None,
         prepare: Callable[[], None] = lambda: None,
         check: Callable[[int], None] = lambda attempt: None,
-        finish: Callable[[], None] = lambda: None,
+        finish: Callable[[], bool | None] = lambda: None,
         relieve: Callable[[], None] = lambda: None,
         observer: BatchObserver | None = None,
         tracing: Tracing | None = None,
@@ -89,6 +90,8 @@ class Batcher:
         self._failed_checks = 0
         self._beat = time.monotonic()
         self._current: list[Entry] = []  # the batch in hand
+        self._unfinished = False  # ``finish`` has more to do
+        self._publish: Callable[[Backlog], None] = lambda backlog: None
         self._thread = threading.Thread(target=self._main, name=f"lenvm-{name}", daemon=True)
 
     # -- from outside --------------------------------------------------------------------------------------------------
@@ -201,21 +204,15 @@ class Batcher:
             self._note_queue()
             self._condition.notify_all()
 
+    @property
+    def backlog(self) -> Backlog:
+        """What is to be done before a new request's turn."""
+        waiting = self._queued_tokens + self._reserved_tokens
+        return Backlog(waiting, self._in_hand, self._tokens_per_s or 0.0, self._batch_seconds)
+
     def _check_room(self, tokens: int, deadline: float | None) -> None:
         """Raise OverloadedError where so many more tokens may not wait, or could not be answered in time."""
-        waiting = self._queued_tokens + self._reserved_tokens
-        # What is larger than the queue is taken where nothing else waits: it could never come in otherwise.
-        if not waiting:
-            return
-        ahead = self._seconds(waiting + self._in_hand)
-        # A row is answered with its whole batch: as much as a batch after its own turn. Who is let in and then too late
-        # costs as much as who is answered.
-        needed = ahead + self._seconds(tokens) + self._batch_seconds
-        late = deadline is not None and time.monotonic() + needed > deadline
-        if late or ahead > self.options.max_queue_s or waiting + tokens > self.options.max_queue_tokens:
-            wait = self._drain_s()
-            problem = f"{waiting} tokens wait already" + (", too many for the deadline" if late else "")
-            raise OverloadedError(f"{problem}: try again in {wait:.1f} s", retry_after_s=wait)
+        self.backlog.check(tokens, deadline, self.options)
 
     def _check_open(self) -> None:
         if self._stopping or self.state in ("loading", "failed", "stopped") or self._failed_checks >= _GIVE_UP_AFTER:
@@ -231,15 +228,6 @@ class Batcher:
             return self._budget
         return min(self._budget, max(_LEAST_BATCH, int(self._tokens_per_s * self.options.batch_s)))
 
-    def _seconds(self, tokens: int) -> float:
-        """How long so many tokens take, at the rate of late; 0 where nothing is known."""
-        return tokens / self._tokens_per_s if self._tokens_per_s else 0.0
-
-    def _drain_s(self) -> float:
-        """Until half of what waits is done, at the rate of late."""
-        rate = self._tokens_per_s or self.options.budget_tokens
-        return min(60.0, max(0.1, 0.5 * (self._queued_tokens + self._reserved_tokens) / rate))
-
     def _drop(self, ticket: Ticket) -> None:
         """Take what has not begun out of the queue."""
         with self._condition:
@@ -254,6 +242,15 @@ class Batcher:
     def _note_queue(self) -> None:
         if self._observer:
             self._observer.queued(self._queued_tokens)
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._condition:  # or an older backlog could be told after a newer one, and stand there
+            self._publish(self.backlog)
+
+    def tell_backlog(self, publish: Callable[[Backlog], None]) -> None:
+        """Call ``publish`` whenever the backlog changes, on whatever thread that happens."""
+        self._publish = publish
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -280,7 +277,10 @@ class Batcher:
         while not self._stopping:
             self._beat = time.monotonic()
             batch = self._next_half() if self._halves else self._next_batch()
-            if batch and not self._answer(batch):
+            if not batch:
+                if self._unfinished:
+                    self._finish_some()
+            elif not self._answer(batch):
                 self._recover()
 
     def _next_half(self) -> list[Entry]:
@@ -290,7 +290,7 @@ class Batcher:
     def _next_batch(self) -> list[Entry]:
         """The jobs that go first, up to the budget; none after a short wait, so that the heart beats."""
         with self._condition:
-            if not self._queue:
+            if not self._queue and not self._unfinished:
                 self._condition.wait(_IDLE_S)
             if not self._queue:
                 self._lone = True
@@ -319,7 +319,7 @@ class Batcher:
             if ticket.gone:
                 continue
             # What would be late is not begun, but for one that is alone: how long it takes is an estimate.
-            needed = self._seconds(tokens + cost.tokens) if batch or self._queue else 0.0
+            needed = self.backlog.seconds(tokens + cost.tokens) if batch or self._queue else 0.0
             if ticket.deadline is not None and ticket.deadline <= now + needed:
                 ticket.end(DeadlineExceededError("the deadline passed while the request waited: give it more time"))
                 continue
@@ -333,6 +333,7 @@ class Batcher:
         """Run the batch and hand out what it gave; False where it raised."""
         since = time.monotonic()
         self._current, self._in_hand = batch, sum(entry.cost.tokens for entry in batch)
+        self._tell()
         tickets = list({id(entry.ticket): entry.ticket for entry in batch}.values())
         first = [ticket for ticket in tickets if ticket.started is None]
         for ticket in first:
@@ -360,15 +361,20 @@ class Batcher:
         for entry, result in zip(batch, results, strict=True):
             self._give(entry, result)
         self._current, self._in_hand = [], 0
+        self._tell()
         if self._observer:
             for ticket in first:
                 self._observer.waited(since - ticket.arrived)
             self._observer.batch(len(batch), tokens, seconds)
+        self._finish_some()
+        return True
+
+    def _finish_some(self) -> None:
+        self._unfinished = False
         try:
-            self._finish()
+            self._unfinished = bool(self._finish())
         except Exception:  # everyone has their answer
             logger.exception("%s: the work after a batch failed", self.name)
-        return True
 
     def _note_rate(self, rate: float) -> None:
         self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate

@@ -18,7 +18,16 @@ from lenvm.guidance import Objective
 from lenvm.scoring import ScoreRow
 from lenvm_service.engine.batching import Batcher
 from lenvm_service.engine.core import EngineCore
-from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Reply, Result, TokenScoreJob
+from lenvm_service.engine.jobs import (
+    CandidateJob,
+    Job,
+    PredictJob,
+    Prefix,
+    Reply,
+    Result,
+    TokenScoreJob,
+    new_tokens,
+)
 from lenvm_service.engine.loading import LOADING, EngineOptions, Loaded, load_core
 from lenvm_service.engine.queueing import BatcherOptions, Cost, Reservation
 from lenvm_service.engine.sharing import ask_shared, leave_shared
@@ -336,11 +345,11 @@ class Engine:
         tier.start()
         return tier
 
-    def _share(self) -> None:
+    def _share(self) -> bool:
         if self.tier is not None:
-            leave_shared(self.core, self.tier)
-        else:
-            self.core.prefixes.begin()  # nobody wants what was added
+            return leave_shared(self.core, self.tier)
+        self.core.prefixes.begin()  # nobody wants what was added
+        return False
 
     def _relieve(self) -> None:
         """Memory ran out: let go of what only saves time."""
@@ -398,14 +407,12 @@ class Engine:
                 raise ArithmeticError("the model gives NaN: the checkpoint or the device is damaged")
 
     def _cost(self, job: Job) -> Cost:
-        if isinstance(job, TokenScoreJob):
-            tokens, held = len(job.prompt_ids) + len(job.completion_ids), 0
-        else:
+        tokens, held = new_tokens(job), 0
+        if not isinstance(job, TokenScoreJob) and job.prefix.session is not None:
             # How long a session's prefix is, only the thread knows; the context bounds it.
-            held = self.core.scorer.context // 4 if job.prefix.session is not None else 0
-            tokens = len(job.prefix.token_ids) + (len(job.candidates) if isinstance(job, CandidateJob) else 0)
+            held = self.core.scorer.context // 4
         wide = 1 << max(0, tokens - 1).bit_length()  # rows of like width are padded to the widest of them
-        return Cost(max(1, tokens), wide * (wide + held))
+        return Cost(tokens, wide * (wide + held))
 
 
 def _tier_options(settings: Settings, secret: bytes | None) -> TierOptions | None:

@@ -13,7 +13,7 @@ from lenvm.errors import LenVMError
 from lenvm.guidance import Objective
 from lenvm_service.prefix_cache import SessionRecord
 
-__all__ = ["CandidateJob", "Job", "PredictJob", "Prefix", "Reply", "Result", "Shared", "TokenScoreJob"]
+__all__ = ["CandidateJob", "Job", "PredictJob", "Prefix", "Reply", "Result", "Shared", "TokenScoreJob", "new_tokens"]
 
 
 @dataclass(frozen=True)
@@ -84,3 +84,12 @@ class Reply:
     results: list[Result]
     queue_ms: float
     inference_ms: float
+
+
+def new_tokens(job: Job) -> int:
+    """Tokens that a job brings, at least one: what a queue counts."""
+    if isinstance(job, TokenScoreJob):
+        tokens = len(job.prompt_ids) + len(job.completion_ids)
+    else:
+        tokens = len(job.prefix.token_ids) + (len(job.candidates) if isinstance(job, CandidateJob) else 0)
+    return max(1, tokens)

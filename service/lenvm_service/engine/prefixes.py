@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from lenvm_service.errors import PrefixUnknownError
 from lenvm_service.prefix_cache import BlockCache, Chain, ChainBlock, ChainRoot
 
 __all__ = ["PrefixStore"]
+
+_UNSHARED = 4096  # blocks; the oldest are forgotten
 
 
 class PrefixStore:
@@ -42,6 +45,8 @@ class PrefixStore:
         self.block_tokens = block_tokens
         # Blocks that the last run added: their keys alone, so that they can give way in the middle of a run.
         self.fresh: list[tuple[Chain, ChainBlock]] = []
+        # Of earlier runs, not copied for the shared tier yet.
+        self.unshared: deque[tuple[Chain, ChainBlock]] = deque(maxlen=_UNSHARED)
         self.answered: list[tuple[Chain, float, Any]] = []  # prefixes of the last run: logit, bin log-probs at the end
         self.shared_tokens = 0  # of the last run, from the shared tier
         self._roots: dict[str, ChainRoot] = {}
@@ -67,6 +72,7 @@ class PrefixStore:
     def clear(self) -> None:
         """Let go of everything that is held."""
         self.begin()
+        self.unshared.clear()
         self.sessions.clear()
         self.blocks.clear()
 

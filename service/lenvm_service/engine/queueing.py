@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lenvm_service.engine.jobs import Job, Result
-from lenvm_service.errors import ServiceError
+from lenvm_service.errors import OverloadedError, ServiceError
 
-__all__ = ["BatchObserver", "BatcherOptions", "Cost", "Entry", "Reservation", "Ticket"]
+__all__ = ["Backlog", "BatchObserver", "BatcherOptions", "Cost", "Entry", "Reservation", "Ticket"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,39 @@ class BatcherOptions:
     max_queue_tokens: int = 262_144
     max_queue_s: float = 30.0
     stall_s: float = 60.0
+
+
+class Backlog(NamedTuple):
+    """What is to be done before a new request's turn, and how fast that goes.
+
+    ``waiting``, ``in_hand``: tokens; ``tokens_per_s``: of late, 0 where nothing is known; ``batch_s``: seconds that a
+    batch took of late.
+    """
+
+    waiting: float = 0
+    in_hand: float = 0
+    tokens_per_s: float = 0.0
+    batch_s: float = 0.0
+
+    def seconds(self, tokens: float) -> float:
+        """How long so many tokens take; 0 where nothing is known."""
+        return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+
+    def check(self, tokens: int, deadline: float | None, options: BatcherOptions) -> None:
+        """Raise OverloadedError where so many more tokens may not wait, or could not be answered by ``deadline`` (of
+        time.monotonic)."""
+        # What is larger than the queue is taken where nothing else waits: it could never come in otherwise.
+        if not self.waiting:
+            return
+        ahead = self.seconds(self.waiting + self.in_hand)
+        # A row is answered with its whole batch: as much as a batch after its own turn. Who is let in and then too late
+        # costs as much as who is answered.
+        late = deadline is not None and time.monotonic() + ahead + self.seconds(tokens) + self.batch_s > deadline
+        if late or ahead > options.max_queue_s or self.waiting + tokens > options.max_queue_tokens:
+            # Until half of what waits is done.
+            wait = min(60.0, max(0.1, 0.5 * self.waiting / (self.tokens_per_s or options.budget_tokens)))
+            problem = f"{self.waiting:.0f} tokens wait already" + (", too many for the deadline" if late else "")
+            raise OverloadedError(f"{problem}: try again in {wait:.1f} s", retry_after_s=wait)
 
 
 class BatchObserver(Protocol):

@@ -14,6 +14,9 @@ from lenvm_service.prefix_cache.redis_tier import Found, RedisTier, Want
 
 __all__ = ["Asked", "ask_shared", "leave_shared"]
 
+_COPY_S = 0.005  # of the engine's time between two batches
+_COPIED = 4  # blocks: a megabyte or two each
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -94,16 +97,27 @@ def _held(core: EngineCore, chain: Chain) -> int:
     return count
 
 
-def leave_shared(core: EngineCore, tier: RedisTier) -> None:
-    """Offer what the last batch computed: on the engine's thread, after its answers were handed out."""
+def leave_shared(core: EngineCore, tier: RedisTier) -> bool:
+    """Offer what the last batch computed: on the engine's thread, after its answers were handed out.
+
+    Copies blocks for a moment only, since the next batch waits; True where some are left for when nothing waits.
+    """
     prefixes = core.prefixes
     for chain, logit, bin_logprobs in prefixes.answered:
         tier.offer_session(chain, logit, bin_logprobs)
-    fresh = prefixes.fresh
+    unshared = prefixes.unshared
+    unshared.extend(prefixes.fresh)
     prefixes.begin()
-    while fresh and tier.takes_blocks:
+    end = time.perf_counter() + _COPY_S
+    while unshared:
+        if not tier.takes_blocks:
+            unshared.clear()
+            break
         # Few at a time: a copy leaves the pool only where the queue still has room for it.
-        some, fresh = fresh[:8], fresh[8:]
+        some = [unshared.popleft() for _ in range(min(_COPIED, len(unshared)))]
         held = [(chain, block, one) for chain, block in some if (one := prefixes.blocks.get(block.key)) is not None]
         for (chain, block, _), payload in zip(held, core.scorer.dump([one for _, _, one in held]), strict=True):
             tier.offer_block(chain, block, payload)
+        if time.perf_counter() >= end:
+            break
+    return bool(unshared)

@@ -73,11 +73,14 @@ class Codec:
             raw = numbers + 4 * (numbers // self.layout.shape[-1])
         return _HEAD.size + raw + _DIGEST
 
-    def pack_block(self, root: bytes, key: bytes, block: NDArray[np.uint8]) -> bytes:
-        """A block's bytes (as a scorer dumps them) as a value of ``key``."""
+    def pack_block(self, root: bytes, key: bytes, block: NDArray[np.uint8]) -> memoryview:
+        """A block's bytes (as a scorer dumps them) as a value of ``key``.
+
+        Megabytes: they are copied once, without the interpreter's lock, which the engine's thread needs meanwhile.
+        """
         if block.nbytes != self.layout.nbytes:
             raise ValueError(f"a block has {self.layout.nbytes} bytes, not {block.nbytes}")
-        payload = self._to_int8(block) if self.payload == "int8" else block.tobytes()
+        payload = self._to_int8(block) if self.payload == "int8" else block
         return self._seal(_BLOCK, PAYLOADS.index(self.payload), root, key, payload)
 
     def unpack_block(self, root: bytes, key: bytes, value: bytes) -> NDArray[np.uint8]:
@@ -93,11 +96,13 @@ class Codec:
         """A session record as a value of ``key``."""
         bins = np.empty(0) if record.bin_logprobs is None else record.bin_logprobs
         numbers = np.concatenate([[record.logit], bins]).astype("<f8").tobytes()
-        return self._seal(_SESSION, 0, root, key, numbers + record.tokens)
+        payload = np.frombuffer(numbers + record.tokens, dtype=np.uint8)
+        return bytes(self._seal(_SESSION, 0, root, key, payload))
 
     def unpack_session(self, root: bytes, key: bytes, value: bytes) -> SessionRecord:
         """The session record. Raises CodecError."""
-        _, payload = self._open(_SESSION, root, key, value)
+        _, view = self._open(_SESSION, root, key, value)
+        payload = bytes(view)
         size = 8 * (1 + self.num_bins)
         tokens = payload[size:]
         if len(payload) <= size or len(tokens) % 4:
@@ -109,11 +114,15 @@ class Codec:
 
     # -- the envelope --------------------------------------------------------------------------------------------------
 
-    def _seal(self, kind: int, packing: int, root: bytes, key: bytes, payload: bytes) -> bytes:
-        head = _HEAD.pack(_MAGIC, _VERSION, kind, packing, root, _fixed(key), len(payload))
-        return b"".join((head, payload, self._digest(head, payload)))
+    def _seal(self, kind: int, packing: int, root: bytes, key: bytes, payload: NDArray[np.uint8]) -> memoryview:
+        value = np.empty(_HEAD.size + payload.nbytes + _DIGEST, dtype=np.uint8)
+        view = value.data
+        _HEAD.pack_into(view, 0, _MAGIC, _VERSION, kind, packing, root, _fixed(key), payload.nbytes)
+        value[_HEAD.size : -_DIGEST] = payload
+        view[-_DIGEST:] = self._digest(view[: _HEAD.size], view[_HEAD.size : -_DIGEST])
+        return view
 
-    def _open(self, kind: int, root: bytes, key: bytes, value: bytes) -> tuple[int, bytes]:
+    def _open(self, kind: int, root: bytes, key: bytes, value: bytes) -> tuple[int, memoryview]:
         if len(value) < _HEAD.size + _DIGEST or len(value) > _LONGEST:
             raise CodecError("too short or too long for a value of ours")
         magic, version, its_kind, packing, its_root, its_key, size = _HEAD.unpack_from(value)
@@ -123,13 +132,14 @@ class Codec:
             raise CodecError("a value of another model, tenant or key")
         if size != len(value) - _HEAD.size - _DIGEST:
             raise CodecError("a value that was cut")
-        head, payload = value[: _HEAD.size], value[_HEAD.size : -_DIGEST]
+        view = memoryview(value)
+        head, payload = view[: _HEAD.size], view[_HEAD.size : -_DIGEST]
         # Constant time: with a secret this is a signature.
         if not _same(self._digest(head, payload), value[-_DIGEST:]):
             raise CodecError("a value that was changed")
         return packing, payload
 
-    def _digest(self, head: bytes, payload: bytes) -> bytes:
+    def _digest(self, head: memoryview, payload: memoryview) -> bytes:
         digest = hashlib.blake2b(head, digest_size=_DIGEST, key=self.secret, person=b"lenvm-value")
         digest.update(payload)
         made: bytes = digest.digest()
@@ -137,14 +147,14 @@ class Codec:
 
     # -- int8 ----------------------------------------------------------------------------------------------------------
 
-    def _to_int8(self, block: NDArray[np.uint8]) -> bytes:
+    def _to_int8(self, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
         numbers = _to_float(block, self.layout.dtype).reshape(self.layout.shape)
         scale = np.abs(numbers).max(-1, keepdims=True) / 127
         scaled = np.rint(numbers / np.where(scale == 0, 1, scale)).astype(np.int8)
-        packed: bytes = scale.astype("<f4").tobytes() + scaled.tobytes()
-        return packed
+        parts = scale.astype("<f4"), scaled
+        return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
-    def _from_int8(self, payload: bytes) -> NDArray[np.uint8]:
+    def _from_int8(self, payload: memoryview) -> NDArray[np.uint8]:
         shape = self.layout.shape
         scales = math.prod(shape[:-1])
         if len(payload) != 4 * scales + math.prod(shape):

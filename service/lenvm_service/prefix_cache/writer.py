@@ -29,7 +29,7 @@ class _Item:
     name: str
     nbytes: int
     tenant: str
-    pack: Callable[[], bytes]
+    pack: Callable[[], bytes | memoryview]
 
 
 class Writer:
@@ -60,7 +60,7 @@ class Writer:
         """True where so many bytes fit, and Redis stores."""
         return self._bytes + nbytes <= self._tier.options.queue_bytes and time.monotonic() >= self._paused_until
 
-    def put(self, name: str, nbytes: int, tenant: str, pack: Callable[[], bytes]) -> None:
+    def put(self, name: str, nbytes: int, tenant: str, pack: Callable[[], bytes | memoryview]) -> None:
         """Leave a value; ``pack`` is called on the writer's thread."""
         with self._condition:
             if self._stopping or not self.has_room(nbytes):

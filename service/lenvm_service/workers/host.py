@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lenvm_service.metrics import Metrics
 from lenvm_service.server import loading_problem, settle_garbage
 from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing
+from lenvm_service.workers.board import Board
 from lenvm_service.workers.channel import Channel, error_fields, job_of, result_fields
 
 __all__ = ["WorkerHost"]
@@ -31,8 +33,8 @@ _RESTART_S = 1.0  # between two starts of a worker that ends by itself
 _OVERDUE_S = 10.0  # beyond the drain: a worker that has not ended by then is killed
 # What a worker is told: never the secret, nor the password of Redis.
 _TOLD = (
-    "max_body_bytes", "max_batch_rows", "max_candidates", "max_queue_tokens", "default_deadline_ms", "drain_grace_s",
-    "drain_timeout_s", "read_timeout_s", "log_format", "log_level", "api_keys", "otel_endpoint",
+    "max_body_bytes", "max_batch_rows", "max_candidates", "max_queue_tokens", "max_queue_s", "default_deadline_ms",
+    "drain_grace_s", "drain_timeout_s", "read_timeout_s", "log_format", "log_level", "api_keys", "otel_endpoint",
 )  # fmt: skip
 
 
@@ -47,13 +49,11 @@ class _Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self._socket = ours
-        listener = host.listener.fileno()
         with theirs:
-            command = [sys.executable, "-m", "lenvm_service.workers.remote", str(listener), str(theirs.fileno())]
+            passed = host.listener.fileno(), theirs.fileno(), host.board.fileno()
+            command = [sys.executable, "-m", "lenvm_service.workers.remote", *map(str, passed)]
             # A session of its own: Ctrl-C goes to us, and we pass it on once.
-            self.process = subprocess.Popen(
-                command, pass_fds=(listener, theirs.fileno()), start_new_session=True, stdin=subprocess.DEVNULL
-            )
+            self.process = subprocess.Popen(command, pass_fds=passed, start_new_session=True, stdin=subprocess.DEVNULL)
 
     async def connect(self) -> None:
         """Tell it what it needs to start."""
@@ -114,6 +114,9 @@ class WorkerHost:
     ) -> None:
         self.settings, self.listener, self.url = settings, listener, url
         self.engines, self.metrics, self.tracing = dict(engines), metrics, tracing
+        self.board = Board.create(len(self.engines))
+        for at, engine in enumerate(self.engines.values()):
+            engine.batcher.tell_backlog(partial(self.board.write, at))
         self.told: list[dict[str, Any]] = self._tell()
         self.greeting: dict[str, Any] = {
             "settings": {name: getattr(settings, name) for name in _TOLD},

@@ -1,7 +1,8 @@
 """An API worker: the application over engines that live in another process.
 
-``python -m lenvm_service.workers.remote LISTENER CHANNEL``: file descriptors of the listening socket and of the socket
-that leads to the engines' process, which tells the settings and the models first.
+``python -m lenvm_service.workers.remote LISTENER CHANNEL BOARD``: file descriptors of the listening socket, of the
+socket that leads to the engines' process, which tells the settings and the models first, and of the memory in which it
+tells what waits for them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 from lenvm.backbones import load_tokenizer
 from lenvm.config import LenVMConfig
 from lenvm_service.api import create_app
-from lenvm_service.engine.jobs import Job, Reply
-from lenvm_service.engine.queueing import Reservation
+from lenvm_service.engine.jobs import Job, Reply, new_tokens
+from lenvm_service.engine.queueing import BatcherOptions, Reservation
 from lenvm_service.errors import NotReadyError
 from lenvm_service.logs import configure_logging
 from lenvm_service.server import Server, http_config, settle_garbage
 from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing, make_tracing
+from lenvm_service.workers.board import Board
 from lenvm_service.workers.channel import Channel, RemoteError, job_fields, result_of
 
 __all__ = ["Host", "RemoteEngine", "RemoteMetrics", "main"]
@@ -34,7 +36,8 @@ __all__ = ["Host", "RemoteEngine", "RemoteMetrics", "main"]
 class Host:
     """The engines' process, as a worker sees it: questions with numbers, and what it tells by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board) -> None:
+        self.board = board
         self.channel = Channel(self._receive, self._lost)
         self.started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.engines: dict[str, RemoteEngine] = {}
@@ -85,10 +88,12 @@ class Host:
 
 
 class RemoteEngine:
-    """Implements ``EngineLike`` by asking. Configuration and tokenizer are this process's own."""
+    """Implements ``EngineLike`` by asking. Configuration and tokenizer are this process's own. ``at``: its place on the
+    board; ``limits``: of its queue."""
 
-    def __init__(self, name: str, folder: Path, host: Host) -> None:
+    def __init__(self, name: str, folder: Path, host: Host, at: int, limits: BatcherOptions) -> None:
         self.name, self.config, self._host = name, LenVMConfig.load(folder), host
+        self._at, self._limits = at, limits
         self.state, self.alive, self.failure = "loading", True, None
         self.model_sha, self.vocab_size = "", 0
         self.tokenizer: Any = None
@@ -118,8 +123,15 @@ class RemoteEngine:
         return self._described
 
     def reserve(self, tokens: int, *, deadline: float | None = None) -> Reservation:
-        """Nothing: the queue is the host's, and tokenising here takes nothing from it."""
+        """See ``Engine.reserve``; but nothing is kept: the engine's process judges once more what is let in here.
+
+        Under overload nearly everything is refused: that costs its process nothing, and the caller no way to it.
+        """
+        self._check_room(tokens, deadline)
         return Reservation(0, lambda tokens: None)
+
+    def _check_room(self, tokens: int, deadline: float | None) -> None:
+        self._host.board.read(self._at).check(tokens, deadline, self._limits)
 
     async def submit(
         self,
@@ -130,6 +142,9 @@ class RemoteEngine:
         reservation: Reservation | None = None,
     ) -> Reply:
         """See ``Engine.submit``; both processes read the same monotonic clock."""
+        # Once more, now that the tokens are counted: what the host would refuse need not go there.
+        if (tokens := sum(map(new_tokens, jobs))) <= self._limits.max_queue_tokens:
+            self._check_room(tokens, deadline)
         told = [job_fields(job) for job in jobs]
         trace = {} if self._host.tracing is None else {"trace": self._host.tracing.carrier()}
         found = await self._host.ask(engine=self.name, jobs=told, deadline=deadline, priority=priority, **trace)
@@ -211,13 +226,17 @@ class WorkerServer(Server):
             settle_garbage()
 
 
-async def _serve(listener: socket.socket, link: socket.socket) -> None:
-    host = Host()
+async def _serve(listener: socket.socket, link: socket.socket, board: Board) -> None:
+    host = Host(board)
     await asyncio.get_running_loop().create_unix_connection(lambda: host.channel, sock=link)
     told = await host.started
     settings = Settings.model_construct(**{**told["settings"], "api_keys": _path(told["settings"]["api_keys"])})
     configure_logging(settings.log_format, settings.log_level)
-    host.engines = {name: RemoteEngine(name, Path(folder), host) for name, folder in told["models"].items()}
+    limits = BatcherOptions(max_queue_tokens=settings.max_queue_tokens, max_queue_s=settings.max_queue_s)
+    host.engines = {
+        name: RemoteEngine(name, Path(folder), host, at, limits)
+        for at, (name, folder) in enumerate(told["models"].items())
+    }
     metrics = RemoteMetrics(host)
     host.tracing = make_tracing(settings)
     app = create_app(host.engines, settings, metrics, host.tracing)
@@ -239,10 +258,11 @@ def _path(text: str | None) -> Path | None:
 def main() -> None:
     """Serve until a signal, or until the engines' process has gone."""
     listener, link = _Shared(fileno=int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2]))
+    board = Board(int(sys.argv[3]))
     for each in (listener, link):
         each.setblocking(False)
     with contextlib.suppress(ConnectionError):
-        asyncio.run(_serve(listener, link))
+        asyncio.run(_serve(listener, link, board))
     gc.unfreeze()  # libraries clean up behind themselves on the way out
 
 
