@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import random
 import sys
 import time
@@ -172,6 +173,8 @@ def main() -> None:
     load = Load(options.port)
     start = time.monotonic() + 0.2 if options.start is None else options.start
     asyncio.run(load.run(requests, rate=options.rate, start=start, seconds=options.seconds, seed=options.seed))
+    # Event loops leave pipes that do not block, into which no more than 64 KiB could be printed.
+    os.set_blocking(sys.stdout.fileno(), True)
     print(json.dumps({"latencies_ms": load.latencies, "late_ms": load.late}))
 
 
