@@ -106,6 +106,17 @@ def tiny_checkpoint(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as an ONNX export."""
+    from lenvm.export.run import export_model
+    from lenvm.modeling import LengthValueModel
+
+    out = tmp_path_factory.mktemp("tiny-export") / "tiny"
+    export_model(LengthValueModel.from_pretrained(tiny_checkpoint), out)
+    return out
+
+
 def _tiny_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

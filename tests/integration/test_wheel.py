@@ -1,5 +1,5 @@
-"""The wheel, built from the source distribution and installed into empty environments: the base install, and serving
-without torch.
+"""The wheel, built from the source distribution and installed into an empty environment: the base install. Serving
+without torch is in test_image.py.
 
 Needs a package index, or pip's own cache of one.
 """
@@ -128,41 +128,3 @@ def test_a_command_that_needs_an_extra_names_it_in_one_line(bin_dir: Path, tmp_p
     assert done.returncode != 0
     (line,) = (done.stdout + done.stderr).strip().splitlines()
     assert "pip install 'lenvm[serve]'" in line
-
-
-@pytest.fixture(scope="module")
-def export(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lenvm.config import GeneratorRef, HeadConfig
-    from lenvm.export.run import export_model
-    from lenvm.modeling import LengthValueModel
-
-    folder = tmp_path_factory.mktemp("export")
-    generator = GeneratorRef(str(tiny_backbone), 0.7, 1.0, 64)
-    model = LengthValueModel.create(
-        tiny_backbone, name="tiny", head=HeadConfig(8, None), gamma=0.99, generator=generator
-    )
-    model.save_pretrained(folder / "checkpoint")
-    export_model(LengthValueModel.from_pretrained(folder / "checkpoint"), folder / "onnx")
-    return folder / "onnx"
-
-
-def test_an_export_is_served_without_torch(wheel: Path, export: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
-    bin_dir = tmp_path / "env" / "bin"
-    pip = (sys.executable, "-m", "pip", "--python", bin_dir / "python", "install", "-q")
-    done = run(*pip, "-c", ROOT / "constraints.txt", f"lenvm[onnx] @ {wheel.as_uri()}", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = run(bin_dir / "python", "-c", "import torch", cwd=tmp_path)
-    assert "No module named 'torch'" in done.stderr
-    done = run(bin_dir / "lenvm", "predict", "Hello", "--model", export, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["predictions"][0]["value"] < 0
-    command = [bin_dir / "lenvm", "serve", "--backend", "onnx", "--model", export, "--port", "0"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
-        assert serving.stdout is not None
-        assert serving.stdout.readline().startswith("lenvm is ready")
-        serving.terminate()
-        assert serving.wait(60) == 0
-    done = run(bin_dir / "lenvm", "serve", "--port", "0", cwd=tmp_path)  # the shipped checkpoint is for torch
-    assert done.returncode == 1
-    assert "pip install 'lenvm[serve]'" in done.stderr

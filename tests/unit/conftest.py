@@ -13,17 +13,6 @@ import pytest
 EOS = 2
 
 
-@pytest.fixture(scope="session")
-def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as an ONNX export."""
-    from lenvm.export.run import export_model
-    from lenvm.modeling import LengthValueModel
-
-    out = tmp_path_factory.mktemp("tiny-export") / "tiny"
-    export_model(LengthValueModel.from_pretrained(tiny_checkpoint), out)
-    return out
-
-
 @pytest.fixture
 def single_thread() -> Iterator[None]:
     """One thread for torch: tiny tensors gain nothing from more, and lose much where tests share a machine."""

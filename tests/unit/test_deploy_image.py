@@ -10,9 +10,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,9 +22,7 @@ from typer.main import get_command
 from lenvm_service.cli import app
 from lenvm_service.settings import Settings, load_settings
 from tests.support.deploy_tools import find_tool, tool_folder
-
-ROOT = Path(__file__).resolve().parents[2]
-DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+from tests.support.dockerfile import DOCKERFILE, ROOT, environment, ignored, instructions
 
 
 def compose(name: str) -> dict[str, Any]:
@@ -38,15 +34,6 @@ def compose(name: str) -> dict[str, Any]:
 
 COMPOSE = {name: compose(name) for name in ("compose.yaml", "compose.gpu.yaml")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def instructions() -> list[tuple[str, str]]:
-    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
-    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
-
-
-def environment() -> dict[str, str]:
-    return dict(re.findall(r"(\w+)=(\S+)", " ".join(rest for name, rest in instructions() if name == "ENV")))
 
 
 # -- the image ---------------------------------------------------------------------------------------------------------
@@ -71,18 +58,6 @@ def test_the_image_runs_a_command_that_exists_as_nobody_special() -> None:
     (command,) = json.loads(by_name["CMD"])
     assert command in get_command(app).commands  # type: ignore[attr-defined]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", by_name["USER"])
-
-
-def ignored(path: str) -> bool:
-    """By .dockerignore: the last pattern that matches the path or a folder above it wins."""
-    parts, verdict = path.split("/"), False
-    for line in (ROOT / ".dockerignore").read_text().split():
-        pattern = line.removeprefix("!")
-        anywhere = pattern.startswith("**/")
-        tails = [parts[end - 1 : end] if anywhere else parts[:end] for end in range(1, len(parts) + 1)]
-        if any(fnmatch("/".join(tail), pattern.removeprefix("**/")) for tail in tails):
-            verdict = not line.startswith("!")
-    return verdict
 
 
 def test_everything_that_is_copied_is_in_the_context() -> None:
