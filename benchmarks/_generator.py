@@ -16,11 +16,11 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import random
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 with contextlib.suppress(ImportError):
     import uvloop
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--start", type=float, help="of time.monotonic")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="latencies go here")
     options = parser.parse_args()
     if options.answer:
         with contextlib.suppress(KeyboardInterrupt):
@@ -173,9 +174,8 @@ def main() -> None:
     load = Load(options.port)
     start = time.monotonic() + 0.2 if options.start is None else options.start
     asyncio.run(load.run(requests, rate=options.rate, start=start, seconds=options.seconds, seed=options.seed))
-    # Event loops leave pipes that do not block, into which no more than 64 KiB could be printed.
-    os.set_blocking(sys.stdout.fileno(), True)
-    print(json.dumps({"latencies_ms": load.latencies, "late_ms": load.late}))
+    # Not a pipe: some systems lose what is longer than one holds.
+    options.out.write_text(json.dumps({"latencies_ms": load.latencies, "late_ms": load.late}))
 
 
 if __name__ == "__main__":

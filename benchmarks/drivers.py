@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -171,7 +172,7 @@ def llama_driver(gguf: Path, scorer: CandidateScorer, threads: int, context: int
 
 def make(store: AnswerFile, run: Run, jobs: Sequence[Job], batch: int) -> dict[str, float]:
     """Make the answers that the work file does not hold, those of like targets together so that they end together;
-    returns what that took."""
+    returns what that took, if there were any."""
     missing = sorted((job for job in jobs if job not in store), key=lambda job: job.target)
     seconds, tokens = 0.0, 0
     for start in range(0, len(missing), batch):
@@ -182,7 +183,7 @@ def make(store: AnswerFile, run: Run, jobs: Sequence[Job], batch: int) -> dict[s
         for job, answer in zip(rows, made, strict=True):
             store.add(job, answer)
             tokens += len(answer.token_ids)
-    return {"seconds": seconds, "tokens": tokens}
+    return {"seconds": seconds, "tokens": tokens} if missing else {}
 
 
 @contextmanager
@@ -267,14 +268,14 @@ def lifebench(
         metrics[name], found = figures(store, jobs, [store[job].length for job in jobs], reference)
         metrics[name] |= took | {"device": "cpu" if name == "llama_cpp" else options.device}
         reference = reference or found
-        print(f"{name:10} length score {metrics[name]['ls']['mean']:5.1f}  {took['seconds']:6.0f} s", flush=True)
+        print(f"{name:10} length score {metrics[name]['ls']['mean']:5.1f}", flush=True)
     return metrics
 
 
 def words(
-    options: argparse.Namespace, store: AnswerFile, tokenizer: Any, model: Any, scorer: CandidateScorer
+    options: argparse.Namespace, store: AnswerFile, tokenizer: Any, driver: Callable[[TextAdapter | None], Run]
 ) -> dict[str, Any]:
-    """LongBench-Write in words, guided and unguided by the same sampler."""
+    """LongBench-Write in words, guided and unguided by the same sampler. ``driver``: of guided text or unguided."""
     rows = [row for _, row in read_jsonl(options.data / "bench" / "longbench_write.jsonl.gz")]
     kept = [row for row in rows if row["lang"] == "en" and row["target_words"] <= options.most_words]
     metrics: dict[str, Any] = {}
@@ -286,13 +287,12 @@ def words(
             target, prompt = int(row["target_words"]), encode_chat(tokenizer, row["prompt"])
             goal = equal_to(target) | {"unit": "words"} if text else None
             jobs.append(Job("longbench_write", name, at, prompt, target, goal, 3 * options.most_words))
-        run = hf_driver(model, scorer, [tokenizer.eos_token_id], text)
-        took = make(store, run, options.mine(jobs), options.batch)
+        took = make(store, lazily(partial(driver, text)), options.mine(jobs), options.batch)
         if options.shard:
             continue
         lengths = [count_units(tokenizer.decode(store[job].token_ids), "words") for job in jobs]
         metrics[name], found = figures(store, jobs, lengths, unguided)
-        metrics[name] |= took
+        metrics[name] |= took | {"device": options.device}
         unguided = found
         print(f"words, {name:8} length score {metrics[name]['ls']['mean']:5.1f}", flush=True)
     return metrics
@@ -363,42 +363,60 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     value_model = LengthValueModel.from_pretrained(options.model)
     tokenizer, ends = value_model.tokenizer, [value_model.tokenizer.eos_token_id]
-    scorer = LocalScorer(options.model, device=options.device)
     names = ("model", "targets", "most_words", "second_targets")
     settings = {name: getattr(options, name) for name in names} | {"files": value_model.config.files}
     settings |= {"temperature": TEMPERATURE, "top_k": TOP_K}
-    backbone: Any = None
-    if options.generations or options.words:
-        folder = resolve_backbone(value_model.config.generator.backbone)
-        backbone = load_backbone(folder, attn_implementation="sdpa", device=options.device)
-    with AnswerFile(options.work, settings, options.others) as store, ExitStack() as stack:
-        if options.generations:
-            runs: dict[str, tuple[Run, int]] = {}
-            if "hf" in options.drivers:
-                runs["hf"] = hf_driver(backbone, scorer, ends), options.batch
-            if "hf_http" in options.drivers:
-                url = stack.enter_context(service(options.url, options.model, options.device))
-                client = stack.enter_context(Client(url, timeout=300, total_timeout=None))
-                runs["hf_http"] = hf_driver(backbone, client, ends), options.batch
-            if "llama_cpp" in options.drivers:
-                if options.gguf is None:
-                    print("llama_cpp is left out: give --gguf")
-                else:
-                    context = MOST_PROMPT + 2 * max(options.targets)
-                    runs["llama_cpp"] = llama_driver(options.gguf, scorer, options.threads, context), 1
-            found = lifebench(options, store, tokenizer, runs)
-            if "llama_cpp" in found:
-                import llama_cpp
 
-                found["llama_cpp"]["version"] = llama_cpp.__version__
-            if found:
-                merge(options.report, {"lifebench": found}, options.device)
-        if options.words:
-            found = words(options, store, tokenizer, backbone, scorer)
-            if found:
-                merge(options.report, {"longbench_write": found}, options.device)
+    # Made when an answer is missing: a run that only reports needs none of them.
+    @cache
+    def scorer() -> LocalScorer:
+        return LocalScorer(options.model, device=options.device)
+
+    @cache
+    def backbone() -> Any:
+        folder = resolve_backbone(value_model.config.generator.backbone)
+        return load_backbone(folder, attn_implementation="sdpa", device=options.device)
+
+    with AnswerFile(options.work, settings, options.others) as store, ExitStack() as stack:
+
+        @cache
+        def client() -> Client:
+            url = stack.enter_context(service(options.url, options.model, options.device))
+            return stack.enter_context(Client(url, timeout=300, total_timeout=None))
+
+        context = MOST_PROMPT + 2 * max(options.targets)
+        made: dict[str, tuple[Callable[[], Run], int]] = {
+            "hf": (lambda: hf_driver(backbone(), scorer(), ends), options.batch),
+            "hf_http": (lambda: hf_driver(backbone(), client(), ends), options.batch),
+            "llama_cpp": (lambda: llama_driver(options.gguf, scorer(), options.threads, context), 1),
+        }
+        if options.gguf is None and "llama_cpp" in options.drivers:
+            print("llama_cpp is left out: give --gguf")
+            options.drivers.remove("llama_cpp")
+        where = device_or_cpu(options.device)
+        if options.generations:
+            runs = {name: (lazily(made[name][0]), made[name][1]) for name in options.drivers}
+            if found := lifebench(options, store, tokenizer, runs):
+                merge(options.report, {"lifebench": found}, where)
+        if options.words and (
+            found := words(options, store, tokenizer, lambda text: hf_driver(backbone(), scorer(), ends, text))
+        ):
+            merge(options.report, {"longbench_write": found}, where)
         if options.second:
-            merge(options.report, {"second": second(options, store, tokenizer, scorer)}, "cpu")
+            merge(options.report, {"second": second(options, store, tokenizer, scorer())}, "cpu")
+
+
+def lazily(make: Callable[[], Run]) -> Run:
+    """A driver that is made when it is first run."""
+    made = cache(make)
+    return lambda jobs: made()(jobs)
+
+
+def device_or_cpu(device: str) -> str:
+    """A run that only reports may be on a machine without the device that its answers were made on."""
+    import torch
+
+    return device if device == "cpu" or torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -72,10 +73,12 @@ def offered(port: int, rate: float, seconds: float, parts: list[bytes]) -> dict[
     """One open-loop run from as many processes as ``parts``; latencies in milliseconds."""
     start = time.monotonic() + 1.5 + 0.2 * len(parts)  # all of them have read their bodies by then
     command = [sys.executable, str(GENERATOR), "--port", str(port), "--rate", str(rate / len(parts))]
-    command += ["--seconds", str(seconds), "--start", str(start), "--seed"]
+    command += ["--seconds", str(seconds), "--start", str(start)]
+    folder = Path(tempfile.mkdtemp())
+    outs = [folder / str(seed) for seed in range(len(parts))]
     made = [
-        subprocess.Popen([*command, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for seed in range(len(parts))
+        subprocess.Popen([*command, "--seed", str(seed), "--out", str(out)], stdin=subprocess.PIPE)
+        for seed, out in enumerate(outs)
     ]
     for process, bodies in zip(made, parts, strict=True):
         assert process.stdin is not None
@@ -83,13 +86,14 @@ def offered(port: int, rate: float, seconds: float, parts: list[bytes]) -> dict[
         process.stdin.close()
     times: dict[str, list[float]] = {}
     late: list[float] = []
-    for process in made:
-        assert process.stdout is not None
-        found = json.loads(process.stdout.read())
-        process.wait()
+    for process, out in zip(made, outs, strict=True):
+        if process.wait():
+            raise SystemExit("a load generator has failed")
+        found = json.loads(out.read_text())
         late += found["late_ms"]
         for status, values in found["latencies_ms"].items():
             times.setdefault(status, []).extend(values)
+    shutil.rmtree(folder)
     good = times.get("200", [])
     return {
         "offered_per_s": rate,
