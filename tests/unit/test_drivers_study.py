@@ -42,12 +42,26 @@ def test_a_run_that_broke_off_goes_on(study: Any, tmp_path: Path) -> None:
     with AnswerFile(work, {}) as store:
         took = study.make(store, run, jobs, 2)
         assert took["tokens"] == 64 + 64 + 32
-        assert study.make(store, run, jobs, 2)["tokens"] == 0
+        assert study.make(store, run, jobs, 2) == {}  # nothing was made, and no time is told
         metrics, scores = study.figures(store, jobs, [store[job].length for job in jobs])
     assert batches == [[1, 3], [], [4, 0], [2]]  # like targets together, each once
     assert scores == [100.0] * len(jobs)
     assert metrics["by_target"] == {"16": 100.0, "32": 100.0, "64": 100.0}
     assert (metrics["kl_per_sequence"], metrics["finished"], metrics["forced_stop_rate"]) == (1.0, 1.0, 0.0)
+
+
+def test_shards_share_the_generations(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [study.Job("lifebench", "hf", at, [5], 8, None, 16) for at in range(7)]
+    common = ["drivers.py", "--data", "x", "--work", "y"]
+    shares = []
+    for at in range(3):
+        monkeypatch.setattr("sys.argv", [*common, "--shard", f"{at}/3"])
+        shares.append([job.at for job in study.parsed().mine(jobs)])
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    for wrong in (["--shard", "3/3"], ["--shard", "0/2", "--second"]):
+        monkeypatch.setattr("sys.argv", [*common, *wrong])
+        with pytest.raises(SystemExit):
+            study.parsed()
 
 
 def test_answers_end_before_their_first_end_id(study: Any) -> None:

@@ -73,6 +73,19 @@ METRICS: dict[str, dict[str, Any]] = {
         },
         **SHARED,
     },
+    "engine": {
+        "step": {
+            "135m": {
+                "ms": 2.0,
+                "floor_ms": 0.2,
+                "prefix": 512,
+                "rows": 32,
+                "candidates": 16,
+                "by_prefix": {"128": {"ms": 1.4, "floor_ms": 0.15}, "4096": {"ms": 2.6, "floor_ms": 1.1}},
+            },
+            "product_flops": 7.5e14,
+        }
+    },
 }
 
 
@@ -106,6 +119,7 @@ def test_figures_are_small_labelled_and_the_same_each_time(reports: Path, tmp_pa
     ablation = (tmp_path / "one" / "ablation.svg").read_text()
     for wanted in ("mean relative error", "log(1 + length)", "RMSE of the return"):
         assert wanted in ablation
+    assert "135m: 32 rows x 16 candidates" in (tmp_path / "one" / "step.svg").read_text()
     assert "layers of the backbone" in (tmp_path / "one" / "scaling.svg").read_text()
 
 

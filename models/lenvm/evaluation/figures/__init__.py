@@ -20,7 +20,7 @@ __all__ = ["FIGURES", "draw_all", "draw_report", "read_metrics"]
 # Name of the report -> the module that draws it.
 FIGURES: Mapping[str, str] = {
     name: f"lenvm.evaluation.figures.{name}"
-    for name in ("prediction", "lifebench", "conditional", "tradeoff", "tokens", "ablation", "scaling")
+    for name in ("prediction", "lifebench", "conditional", "tradeoff", "tokens", "ablation", "scaling", "engine")
 }
 
 
