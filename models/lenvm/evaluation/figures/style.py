@@ -6,7 +6,7 @@ matplotlib is imported inside the functions: this module can be imported without
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,7 @@ def marker(index: int) -> str:
     return _MARKERS[index % len(_MARKERS)]
 
 
-def plain_ticks(axis: Any, at: list[float], labels: list[str] | None = None) -> None:
+def plain_ticks(axis: Any, at: Sequence[float], labels: list[str] | None = None) -> None:
     """Ticks of ``axis`` (``axes.xaxis``) at these places only, labelled in plain numbers: what a log axis needs."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
