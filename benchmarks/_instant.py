@@ -9,7 +9,7 @@ work; ``bare`` is uvicorn with the smallest application that reads a body.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,10 @@ class InstantScorer:
         assert self.bins is not None
         self._bins = np.full(self.bins.size, -np.log(self.bins.size))
 
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Zeros."""
+        if meanwhile is not None:
+            meanwhile()
         found = []
         for row in rows:
             length, count = (row.state.length if row.state else 0) + len(row.append), len(row.candidates)

@@ -27,6 +27,7 @@ __all__ = [
     "TOP_K",
     "TOP_P",
     "Objective",
+    "PreparedWeights",
     "check_objective",
     "eos_fade",
     "log_weights",
@@ -168,33 +169,72 @@ def log_weights(
     their order however far an answer is past its target. Non-finite inputs count as impossible candidates.
     Raises InvalidRequestError for shapes that disagree and for what ``check_objective`` refuses.
     """
-    logits = np.asarray(value_logits, dtype=np.float64)
-    eos = np.asarray(is_eos, dtype=np.bool_)
-    counts = np.asarray(generated)
-    log_p = None if logprobs is None else np.asarray(logprobs, dtype=np.float64)
-    bin_logp = None if bin_logprobs is None or bins is None else np.asarray(bin_logprobs, dtype=np.float64)
-    _check_shapes(len(objectives), logits, bin_logp, eos, counts, log_p, bins)
-    usable = None if bin_logp is None else bins
-    weights = np.zeros(logits.shape)
-    posterior: list[int] = []
-    paper: list[int] = []
-    for row, objective in enumerate(objectives):
-        check_objective(objective, bins=usable, gamma=gamma, has_logprobs=log_p is not None)
-        if objective is not None and objective.strength > 0.0:
-            (posterior if objective.method == "posterior" else paper).append(row)
-    for rows, is_paper in ((posterior, False), (paper, True)):
-        if not rows:
-            continue
-        chosen = [objective for row in rows if (objective := objectives[row]) is not None]
-        at: list[int] | slice = slice(None) if len(rows) == len(objectives) else rows  # a slice copies nothing
-        if is_paper and log_p is not None:
-            raw = _paper(chosen, logits[at], eos[at], counts[at], log_p[at], gamma)
-        else:
-            raw = _posterior(chosen, logits[at], None if bin_logp is None else bin_logp[at], eos[at], counts[at], bins)
-            if log_p is not None and any(objective.min_eos_prob for objective in chosen):
-                raw = np.where(_too_unlikely(chosen, eos[at], counts[at], log_p[at]), -np.inf, raw)
-        weights[at] = _bounded(raw, np.array([objective.strength for objective in chosen]))
-    return weights
+    usable = None if bin_logprobs is None else bins
+    return PreparedWeights(objectives, is_eos, generated, logprobs, bins=usable, gamma=gamma)(
+        value_logits, bin_logprobs
+    )
+
+
+class PreparedWeights:
+    """``log_weights`` in two steps: what follows from the objectives alone is worked out here, perhaps while a device
+    is still at work on the values; a call with these gives the log-weights.
+
+    Arguments and errors as for ``log_weights``; ``bins`` is None where there will be no ``bin_logprobs``.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective | None],
+        is_eos: ArrayLike,
+        generated: ArrayLike,
+        logprobs: ArrayLike | None,
+        *,
+        bins: LengthBins | None,
+        gamma: float,
+    ) -> None:
+        self._eos = np.asarray(is_eos, dtype=np.bool_)
+        self._counts = np.asarray(generated)
+        self._log_p = None if logprobs is None else np.asarray(logprobs, dtype=np.float64)
+        self._bins, self._gamma = bins, gamma
+        _check_shapes(len(objectives), self._eos, self._counts, self._log_p)
+        posterior: list[int] = []
+        paper: list[int] = []
+        for row, objective in enumerate(objectives):
+            check_objective(objective, bins=bins, gamma=gamma, has_logprobs=self._log_p is not None)
+            if objective is not None and objective.strength > 0.0:
+                (posterior if objective.method == "posterior" else paper).append(row)
+        whole = slice(None)  # copies nothing
+        self._groups: list[tuple[list[int] | slice, FloatArray, _Posterior | None, list[Objective]]] = []
+        for rows in (posterior, paper):
+            if not rows:
+                continue
+            chosen = [objective for row in rows if (objective := objectives[row]) is not None]
+            at: list[int] | slice = whole if len(rows) == len(objectives) else rows
+            log_p = None if self._log_p is None else self._log_p[at]
+            rule = _Posterior(chosen, self._eos[at], self._counts[at], log_p, bins) if rows is posterior else None
+            self._groups.append((at, np.array([objective.strength for objective in chosen]), rule, chosen))
+
+    def __call__(self, value_logits: ArrayLike, bin_logprobs: ArrayLike | None) -> FloatArray:
+        """value_logits [B, K] and bin_logprobs [B, K, n] -> log-weights [B, K]; see ``log_weights``."""
+        logits = np.asarray(value_logits, dtype=np.float64)
+        if logits.shape != self._eos.shape:
+            message = f"value_logits must be {self._eos.shape}, not {logits.shape}"
+            raise InvalidRequestError(message, param="candidates")
+        bin_logp = None
+        if self._bins is not None:
+            bin_logp = np.asarray(bin_logprobs, dtype=np.float64)
+            if bin_logp.shape != (shape := (*logits.shape, self._bins.size)):
+                message = f"bin_logprobs must be {shape}, not {bin_logp.shape}"
+                raise InvalidRequestError(message, param="bin_logprobs")
+        weights = np.zeros(logits.shape)
+        for at, strength, posterior, chosen in self._groups:
+            if posterior is not None:
+                raw = posterior(logits[at], None if bin_logp is None else bin_logp[at])
+            else:
+                assert self._log_p is not None
+                raw = _paper(chosen, logits[at], self._eos[at], self._counts[at], self._log_p[at], self._gamma)
+            weights[at] = _bounded(raw, strength)
+        return weights
 
 
 def resolve_scale(objective: Objective, bin_logprobs: ArrayLike, bins: LengthBins) -> Objective:
@@ -243,30 +283,41 @@ def _solve_decreasing(mean: Any, wanted: float) -> float:
             far = middle
 
 
-def _posterior(
-    objectives: Sequence[Objective],
-    logits: FloatArray,
-    bin_logp: FloatArray | None,
-    eos: BoolArray,
-    generated: NDArray[Any],
-    bins: LengthBins | None,
-) -> FloatArray:
-    """``log sum_l P(l | c) u(g + l)`` [P, K], ``log u(g)`` where EOS; -inf and NaN may occur."""
-    shape = np.array([utility(objective) for objective in objectives])  # [P, 3]
-    pivot, left_rate, right_rate = (shape[:, i : i + 1] for i in range(3))
-    count = generated.astype(np.float64)[:, None]
-    if bin_logp is not None and bins is not None:
-        log_u = _log_mean_utility(pivot, left_rate, right_rate, count + bins.lo, count + bins.hi)  # [P, n]
-        terms = bin_logp + log_u[:, None, :]
-        peak = terms.max(axis=-1, keepdims=True)
-        peak = np.where(np.isfinite(peak), peak, 0.0)
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            raw = peak[..., 0] + np.log(np.exp(terms - peak).sum(axis=-1))
-    else:  # only tilts at the model's own gamma get here: E[gamma^l] = 1 + V, exactly
-        raw = np.where(np.isfinite(logits), -np.logaddexp(0.0, np.nan_to_num(logits)) - right_rate * count, -np.inf)
-    past = np.where(count > pivot, right_rate, -left_rate) * (count - pivot)
-    weighted: FloatArray = np.where(eos, -past, raw)
-    return weighted
+class _Posterior:
+    """``log sum_l P(l | c) u(g + l)`` [P, K], ``log u(g)`` where EOS, -inf where ``min_eos_prob`` takes an EOS away;
+    -inf and NaN may occur. ``logprobs`` are read for ``min_eos_prob`` alone."""
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        eos: BoolArray,
+        generated: NDArray[Any],
+        logprobs: FloatArray | None,
+        bins: LengthBins | None,
+    ) -> None:
+        shape = np.array([utility(objective) for objective in objectives])  # [P, 3]
+        pivot, left_rate, self._right_rate = (shape[:, i : i + 1] for i in range(3))
+        self._count = count = generated.astype(np.float64)[:, None]
+        self._log_u: FloatArray | None = None
+        if bins is not None:
+            self._log_u = _log_mean_utility(pivot, left_rate, self._right_rate, count + bins.lo, count + bins.hi)
+        past = np.where(count > pivot, self._right_rate, -left_rate) * (count - pivot)
+        self._eos, self._at_eos = eos, np.broadcast_to(-past, eos.shape)
+        if logprobs is not None and any(objective.min_eos_prob for objective in objectives):
+            self._at_eos = np.where(_too_unlikely(objectives, eos, generated, logprobs), -np.inf, self._at_eos)
+
+    def __call__(self, logits: FloatArray, bin_logp: FloatArray | None) -> FloatArray:
+        if bin_logp is not None and self._log_u is not None:
+            terms = bin_logp + self._log_u[:, None, :]
+            peak = terms.max(axis=-1, keepdims=True)
+            peak = np.where(np.isfinite(peak), peak, 0.0)
+            with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+                np.exp(np.subtract(terms, peak, out=terms), out=terms)
+                raw = peak[..., 0] + np.log(terms.sum(axis=-1))
+        else:  # only tilts at the model's own gamma get here: E[gamma^l] = 1 + V, exactly
+            tilt = -np.logaddexp(0.0, np.nan_to_num(logits)) - self._right_rate * self._count
+            raw = np.where(np.isfinite(logits), tilt, -np.inf)
+        return np.where(self._eos, self._at_eos, raw)
 
 
 def _too_unlikely(
@@ -382,26 +433,11 @@ def _is_own_tilt(objective: Objective, gamma: float) -> bool:
     return objective.kind == "tilt" and objective.lambda_ is not None and abs(objective.lambda_ - own_rate) <= 1e-9
 
 
-def _check_shapes(
-    rows: int,
-    logits: FloatArray,
-    bin_logp: FloatArray | None,
-    eos: BoolArray,
-    generated: NDArray[Any],
-    logprobs: FloatArray | None,
-    bins: LengthBins | None,
-) -> None:
-    if logits.ndim != 2 or logits.shape[0] != rows or logits.shape[1] == 0:
-        raise InvalidRequestError(
-            f"value_logits must be [{rows}, K] with K > 0, not {logits.shape}", param="candidates"
-        )
-    if eos.shape != logits.shape:
-        raise InvalidRequestError(f"is_eos must be {logits.shape}, not {eos.shape}", param="is_eos")
-    if logprobs is not None and logprobs.shape != logits.shape:
-        raise InvalidRequestError(f"logprobs must be {logits.shape}, not {logprobs.shape}", param="logprobs")
-    if bin_logp is not None and bins is not None and bin_logp.shape != (*logits.shape, bins.size):
-        shape = (*logits.shape, bins.size)
-        raise InvalidRequestError(f"bin_logprobs must be {shape}, not {bin_logp.shape}", param="bin_logprobs")
+def _check_shapes(rows: int, eos: BoolArray, generated: NDArray[Any], logprobs: FloatArray | None) -> None:
+    if eos.ndim != 2 or eos.shape[0] != rows or eos.shape[1] == 0:
+        raise InvalidRequestError(f"is_eos must be [{rows}, K] with K > 0, not {eos.shape}", param="candidates")
+    if logprobs is not None and logprobs.shape != eos.shape:
+        raise InvalidRequestError(f"logprobs must be {eos.shape}, not {logprobs.shape}", param="logprobs")
     if generated.shape != (rows,) or generated.dtype.kind not in "iu" or bool((generated < 0).any()):
         raise InvalidRequestError(f"generated must be {rows} whole numbers, zero or more", param="generated")
 

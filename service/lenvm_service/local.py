@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -77,29 +78,46 @@ class _NotOnePrefixError(InvalidRequestError):
 
 def _job(row: CandidateInput, tenant: str) -> CandidateJob:
     """Checked as the service's schema does it: what is no number would fail the neighbours in the core."""
-    names = ("messages", "prompt", "token_ids", "session")
-    given = [name for name in names if getattr(row, name) is not None]
-    if len(given) != 1:
+    session, tokens = row.session, row.token_ids
+    if (session is None) == (tokens is None) or row.messages is not None or row.prompt is not None:
+        names = ("messages", "prompt", "token_ids", "session")
+        given = [name for name in names if getattr(row, name) is not None]
+        if len(given) == 1:
+            raise InvalidRequestError("give token_ids or a session: texts are for the service", param=given[0])
         found = f"not {' and '.join(given)}" if given else "none is there"
         raise _NotOnePrefixError(f"give exactly one of token_ids and session; {found}")
-    if row.session is not None:
-        prefix = Prefix(_ids(row.append, "append"), row.session, tenant)
-    elif row.token_ids is not None:
-        prefix = Prefix(_ids(row.token_ids, "token_ids"), tenant=tenant)
+    if session is not None:
+        prefix = Prefix(_ids(row.append, "append"), session, tenant)
     else:
-        raise InvalidRequestError("give token_ids or a session: texts are for the service", param=given[0])
+        assert tokens is not None
+        prefix = Prefix(_ids(tokens, "token_ids"), tenant=tenant)
     return CandidateJob(
         prefix,
         _ids(row.candidates, "candidates"),
-        _ids([row.generated], "generated")[0],
-        None if row.objective is None else Objective.from_dict(row.objective),
+        row.generated if type(row.generated) is int else _ids([row.generated], "generated")[0],
+        None if row.objective is None else _objective(row.objective),
         None if row.logprobs is None else _numbers(row.logprobs, "logprobs"),
         _ids(row.eos_ids, "eos_ids"),
     )
 
 
+def _objective(given: Mapping[str, Any]) -> Objective:
+    """Rows of a generation ask for the same thing at every step: it is read once."""
+    try:
+        return _known_objective(tuple((name, type(value), value) for name, value in given.items()))
+    except (AttributeError, TypeError):  # no mapping, or with values that cannot be hashed: refused by name
+        return Objective.from_dict(given)
+
+
+@lru_cache(maxsize=4096)
+def _known_objective(items: tuple[tuple[str, type, Any], ...]) -> Objective:
+    return Objective.from_dict({name: value for name, _, value in items})
+
+
 def _ids(values: Sequence[SupportsIndex], param: str) -> list[int]:
     try:
+        if set(map(type, values)) <= {int}:
+            return list(values)  # type: ignore[arg-type]
         if any(isinstance(value, bool) for value in values):
             raise TypeError("a boolean is no number")
         return [operator.index(value) for value in values]
@@ -109,6 +127,8 @@ def _ids(values: Sequence[SupportsIndex], param: str) -> list[int]:
 
 def _numbers(values: Sequence[float], param: str) -> list[float]:
     try:
+        if set(map(type, values)) <= {float}:
+            return list(values)
         return [float(value) for value in values]
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequestError(f"{param} must be numbers: {error}", param=param) from error
@@ -126,7 +146,16 @@ def _answer(index: int, result: Result) -> CandidateScores | RowError:
             retryable=service_error(result.code, "").retryable,
             retry_after_ms=None if after is None else 1000.0 * after,
         )
-    fields: dict[str, Any] = dict(result)
-    for name in ("values", "horizons", "log_weights"):
-        fields[name] = None if fields[name] is None else tuple(fields[name])
-    return CandidateScores(index=index, **fields)
+    weights = result["log_weights"]
+    return CandidateScores(
+        index=index,
+        values=tuple(result["values"]),
+        horizons=tuple(result["horizons"]),
+        log_weights=None if weights is None else tuple(weights),
+        session=result["session"],
+        objective=result["objective"],
+        value=result["value"],
+        horizon=result["horizon"],
+        prefix_tokens=result["prefix_tokens"],
+        cached_tokens=result["cached_tokens"],
+    )

@@ -121,11 +121,11 @@ def test_a_raising_engine_fails_its_callers_checks_itself_and_goes_on(
     score, gate = engine.core.scorer.score, threading.Event()
     broken = [RuntimeError("CUDA error: secret")]
 
-    def raising(rows: Any) -> Any:
+    def raising(*arguments: Any) -> Any:
         if broken:
             raise broken.pop()
         assert gate.wait(10)  # the check after the failure
-        return score(rows)
+        return score(*arguments)
 
     monkeypatch.setattr(engine.core.scorer, "score", raising)
     (failed,) = asyncio.run(asyncio.wait_for(engine.submit([PredictJob(Prefix([8]))]), 10.0)).results

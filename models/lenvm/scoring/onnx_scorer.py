@@ -165,7 +165,7 @@ class OnnxScorer:
             raise StateClosedError("the prefix state was closed: open the prefix again")
         check_row(row, context=self.context, vocab_size=self.vocab_size)
 
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Answer all rows, aligned; see :class:`lenvm.scoring.Scorer`.
 
         Raises:
@@ -176,6 +176,8 @@ class OnnxScorer:
         """
         for row in rows:
             self.check(row)
+        if meanwhile is not None:
+            meanwhile()
         works: list[_Work] = []
         try:
             for row in rows:

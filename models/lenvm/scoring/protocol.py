@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -109,8 +109,9 @@ class Scorer(Protocol):
     def vocab_size(self) -> int:
         """Ids are in ``[0, vocab_size)``."""
 
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScore]:
-        """Answer all rows, aligned, in one forward where they fit the token budget."""
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
+        """Answer all rows, aligned, in one forward where they fit the token budget. ``meanwhile`` is called once, as
+        late as there still is something to wait for: on a GPU, what it does costs no time."""
 
     def token_values(self, prompt: Sequence[int], completion: Sequence[int]) -> RowScore:
         """Values s_0 .. s_T of a completion of T content tokens."""

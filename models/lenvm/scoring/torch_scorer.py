@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -261,7 +261,7 @@ class TorchScorer:
         return score
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Answer all rows, aligned; see :class:`lenvm.scoring.Scorer`.
 
         Raises:
@@ -271,10 +271,12 @@ class TorchScorer:
             PoolExhaustedError: the pool of prefix states is full. Nothing is left half done.
         """
         self._compact()
-        if (stepped := self._stepped(rows)) is not None:
+        if (stepped := self._stepped(rows, meanwhile)) is not None:
             return stepped
         for row in rows:
             self.check(row)
+        if meanwhile is not None:
+            meanwhile()
         works: list[_Work] = []
         results: dict[int, RowScore] = {}
         try:
@@ -457,7 +459,7 @@ class TorchScorer:
             return self._decoder(plan.input_ids, plan.positions, plan)
         return packed_forward(self.model.decoder, plan)
 
-    def _stepped(self, rows: Sequence[ScoreRow]) -> list[RowScore] | None:
+    def _stepped(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates. None for any other call, or where this GPU or driver would not
         record the step (for good).
@@ -514,7 +516,11 @@ class TorchScorer:
         answers = self._answers(states, candidates, step)
         self._count(len(ids))
         self.stats.promoted += len(chosen) - chosen.count(-1)
-        step.wait()
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            step.wait()  # whatever happens: no other step may be launched before
         return answers
 
     def _answers(

@@ -26,7 +26,7 @@ from lenvm_service.api.schemas import (
     TokenInput,
     TokenizeRequest,
 )
-from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.engine.jobs import DEFAULT_QUANTILES, CandidateJob, Job, PredictJob, Prefix, TokenScoreJob
 from lenvm_service.errors import InternalError, PayloadTooLargeError
 
 __all__ = [
@@ -135,7 +135,7 @@ def predict_jobs(call: Call[PredictOptions], tokenizer: Any, tenant: str = "", *
     """A job or an error for each row of /predict_length. ``text_only``: ids would mean something else to another of the
     models that are asked."""
     options = call.options
-    levels = tuple(dict.fromkeys(PredictJob.quantiles if options.quantiles is None else options.quantiles))
+    levels = tuple(dict.fromkeys(DEFAULT_QUANTILES if options.quantiles is None else options.quantiles))
 
     def job(row: Any) -> Job:
         found = check(PredictInput, row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
 from lenvm.errors import InvalidRequestError
 from lenvm.guidance import check_objective
@@ -27,7 +27,7 @@ def check_candidates(job: CandidateJob, scorer: Scorer) -> None:
                 f"not {len(job.logprobs)}",
                 param="logprobs",
             )
-        if not np.isfinite(job.logprobs).all():
+        if not all(map(math.isfinite, job.logprobs)):
             raise InvalidRequestError("logprobs must be finite: leave impossible candidates out", param="logprobs")
     objective = job.objective
     if objective is None:

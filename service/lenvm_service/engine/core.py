@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,9 @@ import numpy as np
 from lenvm.calibration import Calibration
 from lenvm.config import LenVMConfig
 from lenvm.errors import InvalidRequestError, LenVMError, PoolExhaustedError
-from lenvm.guidance import Objective, log_weights, resolve_scale
-from lenvm.returns import horizon_from_logit, value_from_logit
 from lenvm.scoring import RowScore, Scorer, ScoreRow
 from lenvm_service.answers import prediction_fields, token_score_fields
+from lenvm_service.engine.candidates import CandidateRow, CandidateRows
 from lenvm_service.engine.checks import check_candidates
 from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Result, TokenScoreJob
 from lenvm_service.engine.prefixes import PrefixStore
@@ -49,7 +48,7 @@ class BatchCounts:
     forwards: int = 0
     shared_tokens: int = 0  # of the cached ones, those that came from the shared tier
     memoised: int = 0  # rows whose numbers came from there
-    guided: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))  # (kind, method) -> rows
+    guided: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, method) -> rows
 
 
 class _NoState:
@@ -66,7 +65,7 @@ class _NoState:
 _NO_STATE = _NoState()
 
 
-@dataclass
+@dataclass(slots=True)
 class _Work:
     """A job on its way through a run."""
 
@@ -163,8 +162,7 @@ class EngineCore:
             check_candidates(job, self.scorer)
             terminal = self.eos_ids.union(job.eos_ids)
             work.terminal = [token in terminal for token in job.candidates]
-            scored = [token for token, ends in zip(job.candidates, work.terminal, strict=True) if not ends]
-            work.row = ScoreRow(work.row.state, work.row.append, scored)
+            work.row.candidates = [token for token in job.candidates if token not in terminal]
         if not work.known:
             self.scorer.check(work.row)
         return work
@@ -252,11 +250,32 @@ class EngineCore:
 
     def _score_group(self, works: dict[int, _Work], results: list[Result | None]) -> None:
         rows = [work.row for work in works.values()]
+        candidates: CandidateRows | None = None
+        asked = {at: work for at, work in works.items() if work.terminal}
+
+        def meanwhile() -> None:
+            nonlocal candidates
+            candidates = self._candidate_rows(asked.values())
+
         with traced(self.tracing, "forward", rows=len(rows)):
-            scores = self.scorer.score(rows)
+            scores = self.scorer.score(rows, meanwhile) if asked else self.scorer.score(rows)
         for work, score in zip(works.values(), scores, strict=True):
             work.score = score
+        if candidates is not None:
+            given = [work.score for work in asked.values() if work.score is not None]
+            results_of = candidates.answers(given)
+            self.counts.guided.update(candidates.guided())
+            for at, result in zip(asked, results_of, strict=True):
+                results[at] = result
         self._answer(works, results)
+
+    def _candidate_rows(self, works: Iterable[_Work]) -> CandidateRows:
+        rows = []
+        for work in works:
+            assert isinstance(work.job, CandidateJob)
+            assert work.chain is not None
+            rows.append(CandidateRow(work.job, work.terminal, work.prefix_tokens, work.chain.handle))
+        return CandidateRows(rows, bins=self.scorer.bins, gamma=self.scorer.gamma)
 
     # -- from scores to answers ----------------------------------------------------------------------------------------
 
@@ -264,9 +283,10 @@ class EngineCore:
         kinds: dict[type, list[int]] = defaultdict(list)
         for at, work in works.items():
             assert work.score is not None
-            if not (np.isfinite(work.score.logits).all() and np.isfinite(work.score.candidate_logits).all()):
-                raise ArithmeticError("the model gave values that are not finite")  # whatever these are, no answers
-            kinds[type(work.job)].append(at)
+            if not work.terminal:  # or they were looked at with the candidates
+                if not np.isfinite(work.score.logits).all():
+                    raise ArithmeticError("the model gave values that are not finite")  # whatever these are, no answers
+                kinds[type(work.job)].append(at)
             if work.chain is not None:
                 self.counts.cached_tokens += work.score.cached_tokens
         for kind, answer in _ANSWERS:
@@ -333,84 +353,10 @@ class EngineCore:
             found.append({"prompt_tokens": work.prefix_tokens, **fields})
         return found
 
-    def _candidate_scores(self, works: list[_Work]) -> list[Result]:
-        """All rows side by side, padded with NaN, which guidance reads as candidates that cannot be."""
-        bins = self.scorer.bins
-        width = max(len(work.terminal) for work in works)
-        logits = np.full((len(works), width), np.nan)
-        bin_logprobs = None if bins is None else np.full((*logits.shape, bins.size), np.nan)
-        terminal = np.zeros(logits.shape, dtype=np.bool_)
-        logprobs = np.full(logits.shape, -np.inf)
-        objectives: list[Objective | None] = []
-        errors: dict[int, LenVMError] = {}
-        for at, work in enumerate(works):
-            job, score = work.job, work.score
-            assert isinstance(job, CandidateJob)
-            assert score is not None
-            ends = np.asarray(work.terminal)
-            places = np.flatnonzero(~ends)
-            terminal[at, : len(ends)] = ends
-            logits[at, places] = score.candidate_logits
-            if bin_logprobs is not None and score.candidate_bin_logprobs is not None:
-                bin_logprobs[at, places] = score.candidate_bin_logprobs
-            if job.logprobs is not None:
-                logprobs[at, : len(ends)] = job.logprobs
-            objective = job.objective
-            if objective is not None and objective.kind == "scale":
-                try:
-                    assert bins is not None
-                    assert score.bin_logprobs is not None
-                    objective = resolve_scale(objective, score.bin_logprobs[-1], bins)
-                except InvalidRequestError as error:
-                    errors[at] = InvalidRequestError(str(error), param=f"objective.{error.param}")
-                    objective = None
-            objectives.append(objective)
-            if objective is not None:
-                self.counts.guided[objective.kind, objective.method] += 1
-        weights = log_weights(
-            objectives,
-            logits,
-            bin_logprobs,
-            terminal,
-            np.array([work.job.generated for work in works if isinstance(work.job, CandidateJob)]),
-            logprobs,
-            bins=bins,
-            gamma=self.scorer.gamma,
-        )
-        scored = np.isfinite(logits)
-        known = np.where(scored, logits, 0.0)
-        values = np.where(scored, value_from_logit(known), 0.0)
-        horizons = np.where(scored, horizon_from_logit(known, self.scorer.gamma), 0.0)
-        return [
-            errors.get(at) or self._candidate_row(work, objectives[at], values[at], horizons[at], weights[at])
-            for at, work in enumerate(works)
-        ]
-
-    def _candidate_row(
-        self, work: _Work, objective: Objective | None, values: Any, horizons: Any, weights: Any
-    ) -> dict[str, Any]:
-        assert isinstance(work.job, CandidateJob)
-        assert work.score is not None
-        assert work.chain is not None
-        count, logit = len(work.terminal), float(work.score.logits[-1])
-        was_scale = work.job.objective is not None and work.job.objective.kind == "scale"
-        return {
-            "prefix_tokens": work.prefix_tokens,
-            "cached_tokens": work.score.cached_tokens,
-            "value": value_from_logit(logit),
-            "horizon": horizon_from_logit(logit, self.scorer.gamma),
-            "values": values[:count].tolist(),
-            "horizons": horizons[:count].tolist(),
-            "log_weights": None if objective is None else weights[:count].tolist(),
-            "session": work.chain.handle,
-            "objective": objective.to_dict() if was_scale and objective is not None else None,
-        }
-
 
 _ANSWERS: tuple[tuple[type, Callable[[EngineCore, list[_Work]], list[Result]]], ...] = (
     (PredictJob, EngineCore._predictions),
     (TokenScoreJob, EngineCore._token_scores),
-    (CandidateJob, EngineCore._candidate_scores),
 )
 
 

@@ -1,4 +1,5 @@
-"""What the engine is asked, one job a row, and what it answers."""
+"""What the engine is asked, one job a row, and what it answers. Nobody changes a job once it is made (frozen, it would
+take three times as long to make, for every row of every step)."""
 
 from __future__ import annotations
 
@@ -13,10 +14,21 @@ from lenvm.errors import LenVMError
 from lenvm.guidance import Objective
 from lenvm_service.prefix_cache import SessionRecord
 
-__all__ = ["CandidateJob", "Job", "PredictJob", "Prefix", "Reply", "Result", "Shared", "TokenScoreJob", "new_tokens"]
+__all__ = [
+    "DEFAULT_QUANTILES",
+    "CandidateJob",
+    "Job",
+    "PredictJob",
+    "Prefix",
+    "Reply",
+    "Result",
+    "Shared",
+    "TokenScoreJob",
+    "new_tokens",
+]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prefix:
     """A prefix: all of its tokens (``session`` None), or a session's and those that were appended since.
 
@@ -38,19 +50,22 @@ class Shared:
     record: SessionRecord | None = None
 
 
-@dataclass(frozen=True)
+DEFAULT_QUANTILES = (0.5, 0.9, 0.95)
+
+
+@dataclass(slots=True)
 class PredictJob:
     """How many tokens are still to come after ``prefix``? ``generated``: content tokens of the answer in it;
     ``distribution``: the row has the probability of every bin too."""
 
     prefix: Prefix
-    quantiles: Sequence[float] = (0.5, 0.9, 0.95)
+    quantiles: Sequence[float] = DEFAULT_QUANTILES
     max_tokens: int | None = None
     generated: int = 0
     distribution: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TokenScoreJob:
     """Values at each token of a completion; ``eos``: the answer ends there (an EOS id at its end says so too)."""
 
@@ -59,7 +74,7 @@ class TokenScoreJob:
     eos: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class CandidateJob:
     """Values and log-weights of possible next tokens. ``eos_ids`` end the answer beside the model's own EOS."""
 
