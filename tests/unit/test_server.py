@@ -297,6 +297,15 @@ def test_bytes_that_are_no_http_and_bodies_that_never_end(start: Callable[..., P
     upgrade = b"host: x\r\nconnection: upgrade\r\nupgrade: h2c\r\nx-request-id: request_id}}\r\n\r\n"
     answer = talk(b"GET /health/live HTTP/1.1\r\n" + upgrade)
     assert answer.startswith(b"HTTP/1.1 200 ")
+    body = b'{"prompt":"a"}'
+    with socket.create_connection(address, timeout=30) as raw:
+        for _ in range(2):  # on one connection
+            raw.sendall(b"POST /predict_length HTTP/1.1\r\ncontent-length: %d\r\n" % len(body) + upgrade + body)
+            answer = b""
+            while b'"timings_ms"' not in answer:
+                assert (piece := raw.recv(65536)), answer
+                answer += piece
+            assert answer.startswith(b"HTTP/1.1 200 ")
     assert post(server.url).status_code == 200
     assert server.end(signal.SIGTERM) == 0
     assert not [line for line in server.log if "Traceback" in line or "h2c" in line.lower()]
@@ -308,7 +317,7 @@ def test_who_sends_too_slowly_is_cut_off_and_nobody_else(start: Callable[..., Pr
     url = server.listening()
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
 
-    def drip(*parts: bytes) -> bytes:
+    def drip(*parts: bytes, more: bytes = b"x") -> bytes:
         """Each part, then a byte every tenth of a second, which does not help."""
         with socket.create_connection(address, timeout=30) as raw:
             for part in parts:
@@ -320,7 +329,7 @@ def test_who_sends_too_slowly_is_cut_off_and_nobody_else(start: Callable[..., Pr
                     piece = raw.recv(65536)
                 except TimeoutError:
                     with contextlib.suppress(OSError):
-                        raw.sendall(b"x")
+                        raw.sendall(more)
                     continue
                 except OSError:  # reset: our last byte came after the end
                     return answer
@@ -331,7 +340,8 @@ def test_who_sends_too_slowly_is_cut_off_and_nobody_else(start: Callable[..., Pr
     slow_head = drip(b"POST /score HTTP/1.1\r\nhost: x\r\nx-a: ")
     assert slow_head.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in slow_head
-    assert drip().startswith(b"HTTP/1.1 408 ")  # says nothing at all
+    assert drip(more=b"").startswith(b"HTTP/1.1 408 ")  # says nothing at all
+    assert drip().startswith(b"HTTP/1.1 400 ")  # no method begins with an x
     assert drip(b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{") == b""
     # A connection that waits between two requests is none of these.
     with httpx2.Client(base_url=url) as client:

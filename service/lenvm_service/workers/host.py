@@ -18,7 +18,7 @@ from typing import Any
 from lenvm_service.engine import Engine
 from lenvm_service.logs import fields
 from lenvm_service.metrics import Metrics
-from lenvm_service.server import loading_problem, settle_garbage
+from lenvm_service.server import fast_loop, loading_problem, settle_garbage
 from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing
 from lenvm_service.workers.board import Board
@@ -132,7 +132,8 @@ class WorkerHost:
 
     def run(self) -> str | None:
         """Serve; what kept it from that, else None."""
-        asyncio.run(self._run())
+        with asyncio.Runner(loop_factory=fast_loop) as runner:
+            runner.run(self._run())
         return self.failure
 
     async def answer(self, question: dict[str, Any]) -> dict[str, Any]:
