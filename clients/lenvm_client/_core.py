@@ -201,7 +201,9 @@ class Core:
         if x.view is None:
             row, ends = x.row, self._ends(x.row)
             if self.text is None or row.objective is None:
-                objective = row.objective and {name: row.objective[name] for name in row.objective if name != "unit"}
+                objective: Mapping[str, Any] | None = row.objective
+                if objective and "unit" in objective:
+                    objective = {name: value for name, value in objective.items() if name != "unit"}
                 x.view = View(row.prefix, row.generated, x.ids, x.logprobs, objective, ends)
             else:
                 x.view = self.text.view(row, x.ids, x.logprobs, ends)
@@ -222,10 +224,11 @@ class Core:
                 objective = tilt
         common: dict[str, Any] = {
             "candidates": view.candidates,
-            "logprobs": view.logprobs,
+            "logprobs": view.logprobs if _reads_logprobs(objective) else None,
             "generated": generated,
             "objective": objective,
             "eos_ids": view.end_ids,
+            "return_values": False,
         }
         # A handle of the prefix itself serves a repeated row, one of its parent the usual step.
         for behind, key in enumerate(reversed(known)):
@@ -318,6 +321,11 @@ class Core:
         tally = replace(x.tally, report=report)
         self._records.put(x.lineage, Record(tally, dict(zip(x.ids, costs, strict=True)), forced))
         return weighted
+
+
+def _reads_logprobs(objective: Mapping[str, Any] | None) -> bool:
+    """Posterior guidance needs none, but for ``min_eos_prob``; they would be half of a request."""
+    return objective is not None and (objective.get("method") == "paper" or bool(objective.get("min_eos_prob")))
 
 
 def _is_hopeless(error: LenVMClientError) -> bool:

@@ -17,7 +17,8 @@ from lenvm_client._types import RowError
 from lenvm_client.errors import BadAnswerError
 
 T = TypeVar("T")
-Converter: TypeAlias = Callable[[Any, str], Any]  # a JSON value and its path -> what the field holds
+Path: TypeAlias = "str | tuple[Path, str | int]"
+Converter: TypeAlias = Callable[[Any, Path], Any]  # a JSON value and its path -> what the field holds
 
 
 def load_json(content: bytes) -> Any:
@@ -32,31 +33,48 @@ def load_json(content: bytes) -> Any:
         raise BadAnswerError(f"the answer is not JSON ({error}): is base_url that of a LenVM service?") from error
 
 
-def decode(cls: type[T], data: Any, path: str = "answer") -> T:
+def decode(cls: type[T], data: Any, path: Path = "answer") -> T:
     """``data`` as ``cls``. Raises BadAnswerError."""
-    if not isinstance(data, Mapping):
+    if not isinstance(data, dict):
         raise _unfit(path, "an object", data)
-    if cls is cast(Any, RowError) and isinstance(data.get("error"), Mapping):
+    if cls is cast(Any, RowError) and isinstance(data.get("error"), dict):
         data = {**data["error"], "index": data.get("index")}
     values = {}
-    for name, (convert, required) in _fields(cast(Any, cls)).items():
+    for name, convert, required, plain in _fields(cast(Any, cls)):
         value = data.get(name)
-        if value is not None:
-            values[name] = convert(value, f"{path}.{name}")
-        elif required:
-            raise BadAnswerError(f"{path} has no {name}: client and service versions may not fit")
+        if value is None:
+            if required:
+                raise BadAnswerError(f"{_shown(path)} has no {name}: client and service versions may not fit")
+        elif type(value) is plain:  # nothing to look at
+            values[name] = value
+        else:
+            values[name] = convert(value, (path, name))
     return cls(**values)
 
 
+def _shown(path: Path) -> str:
+    """Paths are put together where one is to be told, and not for each of the thousands of numbers of a step."""
+    if isinstance(path, str):
+        return path
+    before, at = path
+    return f"{_shown(before)}[{at}]" if isinstance(at, int) else f"{_shown(before)}.{at}"
+
+
 @functools.cache
-def _fields(cls: Any) -> dict[str, tuple[Converter, bool]]:
-    """Of each field: what reads it, and whether it must be there."""
+def _fields(cls: Any) -> tuple[tuple[str, Converter, bool, type[Any] | None], ...]:
+    """Of each field: its name, what reads it, whether it must be there, and the type of a value that needs no
+    reading."""
     hints = typing.get_type_hints(cls)
     missing = dataclasses.MISSING
-    return {
-        field.name: (_converter(hints[field.name]), field.default is missing and field.default_factory is missing)
+    return tuple(
+        (
+            field.name,
+            _converter(hints[field.name]),
+            field.default is missing and field.default_factory is missing,
+            str if hints[field.name] in (str, str | None) else None,
+        )
         for field in dataclasses.fields(cls)
-    }
+    )
 
 
 def _converter(hint: Any) -> Converter:
@@ -76,23 +94,23 @@ def _converter(hint: Any) -> Converter:
     return functools.partial(_number if hint in (int, float) else _plain, hint)
 
 
-def _tuple(kind: Any, convert: Converter, value: Any, path: str) -> tuple[Any, ...]:
+def _tuple(kind: Any, convert: Converter, value: Any, path: Path) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise _unfit(path, "a list", value)
     if kind in (int, float) and set(map(type, value)) == {kind}:
         with contextlib.suppress(OverflowError):  # an integer that no float can hold: refused below, by its place
             if all(map(math.isfinite, value)):
                 return tuple(value)
-    return tuple(convert(item, f"{path}[{at}]") for at, item in enumerate(value))
+    return tuple(convert(item, (path, at)) for at, item in enumerate(value))
 
 
-def _mapping(convert: Converter, value: Any, path: str) -> dict[str, Any]:
+def _mapping(convert: Converter, value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _unfit(path, "an object", value)
-    return {key: convert(item, f"{path}.{key}") for key, item in value.items()}
+    return {key: convert(item, (path, key)) for key, item in value.items()}
 
 
-def _number(kind: type[int] | type[float], value: Any, path: str) -> int | float:
+def _number(kind: type[int] | type[float], value: Any, path: Path) -> int | float:
     # A boolean is an int to Python, but no number to the contract.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _unfit(path, kind.__name__, value)
@@ -101,28 +119,28 @@ def _number(kind: type[int] | type[float], value: Any, path: str) -> int | float
     except OverflowError:
         finite = False
     if not finite:
-        raise _no_number(f"{path} is not a finite number")
+        raise _no_number(f"{_shown(path)} is not a finite number")
     if kind is int and int(value) != value:
         raise _unfit(path, "int", value)
     return kind(value)
 
 
-def _plain(kind: type[Any], value: Any, path: str) -> Any:
+def _plain(kind: type[Any], value: Any, path: Path) -> Any:
     if not isinstance(value, kind):
         raise _unfit(path, kind.__name__, value)
     return value
 
 
-def _anything(value: Any, path: str) -> Any:
+def _anything(value: Any, path: Path) -> Any:
     """Any JSON whose numbers are finite: some of it is sent back (a resolved objective)."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         _number(float, value, path)
     for key, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
-        _anything(item, f"{path}.{key}")
+        _anything(item, (path, key))
     return value
 
 
-def _union(kinds: list[Any], value: Any, path: str) -> Any:
+def _union(kinds: list[Any], value: Any, path: Path) -> Any:
     """One of several row types: an error, or the first whose required fields are all there."""
     if not isinstance(value, Mapping):
         raise _unfit(path, "an object", value)
@@ -130,15 +148,15 @@ def _union(kinds: list[Any], value: Any, path: str) -> Any:
         return decode(RowError, value, path)
     rows = [kind for kind in kinds if kind is not RowError]
     fitting = (
-        kind
-        for kind in rows
-        if all(value.get(name) is not None for name, (_, required) in _fields(kind).items() if required)
+        kind for kind in rows if all(value.get(name) is not None for name, _, required, _ in _fields(kind) if required)
     )
     return decode(next(fitting, rows[0]), value, path)
 
 
-def _unfit(path: str, wanted: str, value: Any) -> BadAnswerError:
-    return BadAnswerError(f"{path} should be {wanted}, is {value!r:.80}: client and service versions may not fit")
+def _unfit(path: Path, wanted: str, value: Any) -> BadAnswerError:
+    return BadAnswerError(
+        f"{_shown(path)} should be {wanted}, is {value!r:.80}: client and service versions may not fit"
+    )
 
 
 def _no_number(what: str) -> BadAnswerError:

@@ -77,7 +77,8 @@ class CandidateInput(_Prefix):
     """Values and log-weights of K possible next tokens.
 
     ``logprobs`` [K]: natural logs, full vocabulary, at the sampler's temperature. ``eos_ids`` end the answer beside the
-    model's own EOS. ``objective`` in its wire form, e.g. ``{"kind": "equal_to", "target": 200}``.
+    model's own EOS. ``objective`` in its wire form, e.g. ``{"kind": "equal_to", "target": 200}``. ``return_values``
+    False: the log-weights alone are wanted, which makes the answer a third as long.
     """
 
     candidates: Sequence[int]
@@ -85,6 +86,7 @@ class CandidateInput(_Prefix):
     generated: int = 0
     objective: Objective | None = None
     eos_ids: Sequence[int] = ()
+    return_values: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +162,9 @@ class TokenScores:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateScores:
-    """K candidates, aligned with the request. ``log_weights`` is None without an objective; ``value`` and ``horizon``
-    are the prefix's own; ``objective`` is the tilt that a ``scale`` was resolved to, to be sent in later steps."""
+    """K candidates, aligned with the request. ``values`` and ``horizons`` are empty where they were not wanted;
+    ``log_weights`` is None without an objective; ``value`` and ``horizon`` are the prefix's own; ``objective`` is the
+    tilt that a ``scale`` was resolved to, to be sent in later steps."""
 
     index: int
     values: tuple[float, ...]

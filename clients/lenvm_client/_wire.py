@@ -234,6 +234,8 @@ def _plain(value: Any) -> Any:
             given.pop("append", None)
         if not len(given.get("eos_ids", ())):
             given.pop("eos_ids", None)
+        if given.get("return_values", False):
+            del given["return_values"]
         return {name: field for name, field in given.items() if field is not None}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
@@ -294,9 +296,9 @@ def candidate_scores(response: ScoreResponse, rows: Sequence[CandidateInput]) ->
     scores: list[CandidateScores | RowError] = []
     for row, score in zip(rows, response.scores, strict=True):
         if isinstance(score, CandidateScores):
-            sizes = {len(score.values), len(score.horizons)}
+            sizes = {len(score.values), len(score.horizons)} if row.return_values else set()
             sizes |= set() if score.log_weights is None else {len(score.log_weights)}
-            if sizes != {len(row.candidates)}:
+            if not sizes <= {len(row.candidates)}:
                 raise BadAnswerError(f"scores[{score.index}] does not match its {len(row.candidates)} candidates")
         elif not isinstance(score, RowError):
             raise BadAnswerError(f"scores[{score.index}] is not an answer for candidates")

@@ -98,6 +98,7 @@ def _job(row: CandidateInput, tenant: str) -> CandidateJob:
         None if row.objective is None else _objective(row.objective),
         None if row.logprobs is None else _numbers(row.logprobs, "logprobs"),
         _ids(row.eos_ids, "eos_ids"),
+        row.return_values,
     )
 
 

@@ -113,6 +113,7 @@ def test_score_takes_both_kinds_of_rows_in_one_call(client: TestClient, engine: 
                     "generated": 5,
                     "objective": {"kind": "equal_to", "target": 9, "beta": None},
                     "eos_ids": [3],
+                    "return_values": False,
                 },
             ]
         },
@@ -130,6 +131,7 @@ def test_score_takes_both_kinds_of_rows_in_one_call(client: TestClient, engine: 
             objective=Objective(kind="equal_to", target=9),
             logprobs=[-1.0, -0.5],
             eos_ids=(3,),
+            return_values=False,
         ),
     ]
 

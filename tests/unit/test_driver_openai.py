@@ -94,7 +94,7 @@ class TestStep:
                 return 50.0 * (token == EOS)
 
         scorer = Force()
-        answer, report = run(server, scorer, top_k=3)
+        answer, report = run(server, scorer, top_k=3, objective={**TILT, "min_eos_prob": 1e-9})
         assert answer == []
         (row,) = scorer.calls[0]
         assert len(row.candidates) == 4

@@ -182,6 +182,24 @@ def test_log_weights_are_those_of_the_guidance(core: EngineCore, full_forward: A
             assert row["objective"] is None
 
 
+def test_values_that_nobody_wants_are_left_out_and_nothing_else_changes(core: EngineCore) -> None:
+    objective = Objective(kind="equal_to", target=9)
+    prompt, few, many = ids(4, 6), [10, EOS], [10, 11, EOS, 12, 13]
+
+    def rows(*wanted: bool) -> list[Any]:
+        jobs = [CandidateJob(Prefix(prompt), few if w else many, 0, objective, return_values=w) for w in wanted]
+        return core.run(jobs)
+
+    short, both = rows(False, False), rows(True, False)
+    for row in short:
+        assert (row["values"], row["horizons"]) == ([], [])
+    assert len(both[0]["values"]) == len(both[0]["horizons"]) == len(few)
+    assert (both[1]["values"], both[1]["horizons"]) == ([], [])
+    assert len(both[0]["log_weights"]) == len(few)
+    assert both[1]["log_weights"] == pytest.approx(short[1]["log_weights"], abs=1e-3)
+    assert both[0]["value"] == pytest.approx(short[0]["value"], abs=1e-6)
+
+
 def test_a_guided_step_computes_its_candidates_and_nothing_else(core: EngineCore) -> None:
     objective = Objective(kind="equal_to", target=20)
     prompt = ids(5, 33)

@@ -134,17 +134,21 @@ class TestCalls:
         assert all(item.eos_ids == (EOS,) for call in scorer.calls for item in call)
 
     def test_what_a_row_carries(self, scorer: FakeScorer) -> None:
-        GuidedDecoder(scorer, [EOS], [9]).step([row([5, 6, 7], 2)])
-        ((item,),) = scorer.calls
+        careful, hard = {**TILT, "min_eos_prob": 0.01}, {"kind": "equal_to", "target": 9, "method": "paper"}
+        objectives = [TILT, careful, hard]
+        GuidedDecoder(scorer, [EOS], [9]).step([row([5, 6, 7], 2, objective) for objective in objectives])
+        (items,) = scorer.calls
         law = backbone([5, 6, 7])
-        assert item == CandidateInput(
-            token_ids=[5, 6, 7],
-            candidates=tuple(law),
-            logprobs=tuple(law.values()),
-            generated=2,
-            objective=TILT,
-            eos_ids=(EOS, 9),
-        )
+        for item, objective in zip(items, objectives, strict=True):
+            assert item == CandidateInput(
+                token_ids=[5, 6, 7],
+                candidates=tuple(law),
+                logprobs=None if objective is TILT else tuple(law.values()),  # only where they are read
+                generated=2,
+                objective=objective,
+                eos_ids=(EOS, 9),
+                return_values=False,
+            )
 
     def test_weights_are_aligned(self, scorer: FakeScorer) -> None:
         rows = [row([5], 0), row([6], 0, None), row([7], 0, OTHER)]

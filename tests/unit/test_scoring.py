@@ -233,8 +233,45 @@ def test_a_gpu_that_records_no_graph_is_served_without(
     prefix = ids(6)
     (state,) = scorer.open([prefix])
     scorer._steps = Refusing()  # type: ignore[assignment]
+    calls: list[int] = []
     with caplog.at_level("WARNING"):
-        (answer,) = scorer.score([ScoreRow(state, (), [9, 10])])
+        (answer,) = scorer.score([ScoreRow(state, (), [9, 10])], lambda: calls.append(1))
     assert scorer._steps is None
+    assert calls == [1]
     assert "not here" in caplog.text
     close(answer.candidate_logits[1], full_forward([*prefix, 10])[0][-1])
+
+
+def test_what_is_done_meanwhile_is_done_once_and_before_the_numbers_are_there(scorer: TorchScorer) -> None:
+    import torch
+
+    events: list[str] = []
+
+    class Numbers:
+        numbers = np.full((1, 2, 1 + scorer.bins.size), np.nan)  # type: ignore[union-attr]
+        kept = torch.zeros(2, 1, 2, 1, 1)
+        width = 2
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.numbers[:] = 0.5
+
+    class Steps:
+        def fits(self, rows: int, width: int) -> bool:
+            return True
+
+        def launch(self, *_: Any) -> Numbers:
+            events.append("launch")
+            return Numbers()
+
+    (state,) = scorer.open([ids(6)])
+    scorer._steps = Steps()  # type: ignore[assignment]
+    (answer,) = scorer.score([ScoreRow(state, (), [9, 10])], lambda: events.append("meanwhile"))
+    assert events == ["launch", "meanwhile", "wait"]
+    assert list(answer.candidate_logits) == [0.5, 0.5]
+    with pytest.raises(ZeroDivisionError):
+        scorer.score([ScoreRow(state, (), [9, 10])], lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert events == ["launch", "meanwhile", "wait", "launch", "wait"]  # no step may begin before the last has ended
+    scorer._steps = None
+    scorer.score([ScoreRow(append=ids(5))], lambda: events.append("meanwhile"))
+    assert events[5:] == ["meanwhile"]

@@ -303,7 +303,8 @@ def test_bytes_that_are_no_http_and_bodies_that_never_end(start: Callable[..., P
             raw.sendall(b"POST /predict_length HTTP/1.1\r\ncontent-length: %d\r\n" % len(body) + upgrade + body)
             answer = b""
             while b'"timings_ms"' not in answer:
-                assert (piece := raw.recv(65536)), answer
+                piece = raw.recv(65536)
+                assert piece, answer
                 answer += piece
             assert answer.startswith(b"HTTP/1.1 200 ")
     assert post(server.url).status_code == 200

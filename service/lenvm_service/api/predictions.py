@@ -44,7 +44,9 @@ async def predict_one(
     deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
     with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
         jobs = await service.tokenized(
-            size, lambda: rows.predict_jobs(call, engine.tokenizer, tenant, text_only=text_only)
+            size,
+            lambda: rows.predict_jobs(call, engine.tokenizer, tenant, text_only=text_only),
+            text=rows.text_size(call.rows),
         )
         return await model_answer(
             request,

@@ -161,7 +161,7 @@ class ResolvedObjective(BaseModel):
 
 
 class CandidateScores(BaseModel):
-    """The prefix's own value and horizon, and those after each of K candidates."""
+    """The prefix's own value and horizon, and those after each of K candidates (none with `return_values` false)."""
 
     index: int
     prefix_tokens: int

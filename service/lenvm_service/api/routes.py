@@ -75,7 +75,9 @@ async def score(request: Request) -> Response:
     deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
     with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
         jobs = await service.tokenized(
-            len(body), lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates, tenant)
+            len(body),
+            lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates, tenant),
+            text=rows.text_size(call.rows),
         )
         async with watched(request.receive) as gone:
             found = await model_answer(
@@ -105,7 +107,7 @@ async def tokenize(request: Request) -> Response:
     service, body = await _admitted(request)
     wanted = await service.offload(len(body), lambda: rows.check(ask.TokenizeRequest, parse_object(body)))
     engine = service.engine(wanted.model)
-    ids = await service.tokenized(len(body), lambda: rows.encode_text(wanted, engine.tokenizer))
+    ids = await service.tokenized(len(body), lambda: rows.encode_text(wanted, engine.tokenizer), text=len(body))
     request.state.context.model = engine.name
     return json_response({"model": engine.name, "token_ids": ids})
 

@@ -41,6 +41,7 @@ __all__ = [
     "read_predict",
     "read_score",
     "score_jobs",
+    "text_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -120,15 +121,30 @@ def estimated_tokens(rows: Sequence[Any]) -> int:
     return sum(max(1, _estimated(row)) for row in rows)
 
 
+def text_size(rows: Sequence[Any]) -> int:
+    """Characters of text in the rows."""
+    return sum(len(text) for row in rows if isinstance(row, dict) for text in _texts(row))
+
+
 def _estimated(row: Any) -> int:
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         return 0  # an error before long
-    tokens = sum(len(ids) for name in _ID_FIELDS if isinstance(ids := row.get(name), list))
-    texts = [row.get("prompt"), row.get("completion")]
+    tokens = 0
+    for name in _ID_FIELDS:
+        ids = row.get(name)
+        if isinstance(ids, list):
+            tokens += len(ids)
+    for text in _texts(row):
+        tokens += 1 + len(text) // _CHARACTERS
+    return tokens
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    texts = [row[name] for name in ("prompt", "completion") if name in row]
     messages = row.get("messages")
     if isinstance(messages, list):
-        texts += [message.get("content") for message in messages if isinstance(message, Mapping)]
-    return tokens + sum(1 + len(text) // _CHARACTERS for text in texts if isinstance(text, str))
+        texts += [message.get("content") for message in messages if isinstance(message, dict)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def predict_jobs(call: Call[PredictOptions], tokenizer: Any, tenant: str = "", *, text_only: bool = False) -> list[Row]:
@@ -178,6 +194,7 @@ def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, 
         objective=found.objective,
         logprobs=found.logprobs,
         eos_ids=tuple(found.eos_ids or ()),
+        return_values=found.return_values is not False,
     )
 
 

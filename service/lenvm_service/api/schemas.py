@@ -237,6 +237,9 @@ class CandidateInput(PrefixSource):
     eos_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
         None, description="Ids that end the answer, beside the model's own."
     )
+    return_values: bool | None = Field(
+        None, description="False: the answer's `values` and `horizons` stay empty, and it is a third as long."
+    )
 
     @model_validator(mode="after")
     def _one_logprob_each(self) -> CandidateInput:

@@ -19,7 +19,9 @@ from lenvm_service.tracing import Tracing, traced
 __all__ = ["Service"]
 
 T = TypeVar("T")
-_INLINE_BYTES = 16 * 1024  # of a body: parsing and encoding it take about a millisecond
+# Less than this keeps the event loop busy for about a millisecond, and going to another thread and back costs as much.
+_INLINE_BYTES = 64 * 1024  # of JSON to parse
+_INLINE_TEXT = 8 * 1024  # characters to encode
 _WITHOUT_MODEL = frozenset({"loading", "failed", "stopped"})
 _RETRY_S = 2.0
 
@@ -77,12 +79,13 @@ class Service:
             task.cancel()
 
     async def offload(self, size: int, work: Callable[[], T]) -> T:
-        """``work()``; in a worker thread where the body has ``size`` bytes that would keep the event loop busy."""
+        """``work()``, which parses a body of ``size`` bytes; in a worker thread where that would keep the event loop
+        busy."""
         if size <= _INLINE_BYTES:
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._workers)
 
-    async def tokenized(self, size: int, work: Callable[[], T]) -> T:
-        """``offload``, of work that makes token ids of text."""
+    async def tokenized(self, size: int, work: Callable[[], T], *, text: int) -> T:
+        """``work()``, which makes jobs of such a body and token ids of the ``text`` characters in it; likewise."""
         with traced(self.tracing, "tokenize"):
-            return await self.offload(size, work)
+            return await self.offload(size if text <= _INLINE_TEXT else max(size, _INLINE_BYTES + 1), work)

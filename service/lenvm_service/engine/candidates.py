@@ -79,14 +79,11 @@ class CandidateRows:
         logits = np.full(self.terminal.shape, np.nan)
         logits.reshape(-1)[self.scored] = given
         weights = prepared(logits, self._bin_logprobs(scores)).tolist()
-        logits.reshape(-1)[self.missing] = 0.0
-        values, horizons = value_from_logit(logits), horizon_from_logit(logits, self.gamma)
-        for numbers in (values, horizons):
-            numbers.reshape(-1)[self.missing] = 0.0
+        values, horizons = self._values(logits)
         own_values, own_horizons = value_from_logit(prefix).tolist(), horizon_from_logit(prefix, self.gamma).tolist()
         listed = zip(
-            self.rows, self.sizes, scores, self.objectives, own_values, own_horizons, values.tolist(),
-            horizons.tolist(), weights, strict=True,
+            self.rows, self.sizes, scores, self.objectives, own_values, own_horizons, values, horizons,
+            weights, strict=True,
         )  # fmt: skip
         width = self.terminal.shape[1]
         found: list[Result] = []
@@ -103,14 +100,25 @@ class CandidateRows:
                     "cached_tokens": score.cached_tokens,
                     "value": value,
                     "horizon": horizon,
-                    "values": each,
-                    "horizons": ahead,
+                    "values": each if row.job.return_values else [],
+                    "horizons": ahead if row.job.return_values else [],
                     "log_weights": None if objective is None else weighted,
                     "session": row.handle,
                     "objective": objective.to_dict() if was_scale and objective is not None else None,
                 }
             )
         return found
+
+    def _values(self, logits: NDArray[np.float64]) -> tuple[list[list[float]], list[list[float]]]:
+        """Values and horizons after each candidate, 0 after one that ends the answer; empty where nobody wants them."""
+        if not any(row.job.return_values for row in self.rows):
+            none: list[list[float]] = [[]] * len(self.rows)
+            return none, none
+        logits.reshape(-1)[self.missing] = 0.0
+        values, horizons = value_from_logit(logits), horizon_from_logit(logits, self.gamma)
+        for numbers in (values, horizons):
+            numbers.reshape(-1)[self.missing] = 0.0
+        return values.tolist(), horizons.tolist()
 
     def guided(self) -> Counter[tuple[str, str]]:
         """Rows of each (kind, method), a scale counted as the tilt that it was resolved to."""

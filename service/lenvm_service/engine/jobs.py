@@ -76,7 +76,8 @@ class TokenScoreJob:
 
 @dataclass(slots=True)
 class CandidateJob:
-    """Values and log-weights of possible next tokens. ``eos_ids`` end the answer beside the model's own EOS."""
+    """Values and log-weights of possible next tokens. ``eos_ids`` end the answer beside the model's own EOS;
+    ``return_values`` False: the log-weights alone are wanted."""
 
     prefix: Prefix
     candidates: Sequence[int]
@@ -84,6 +85,7 @@ class CandidateJob:
     objective: Objective | None = None
     logprobs: Sequence[float] | None = None
     eos_ids: Sequence[int] = ()
+    return_values: bool = True
 
 
 Job: TypeAlias = PredictJob | TokenScoreJob | CandidateJob

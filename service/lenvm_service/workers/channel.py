@@ -6,7 +6,7 @@ import asyncio
 import struct
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from pydantic_core import from_json, to_json
 
@@ -36,8 +36,7 @@ class Channel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is ours."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # one of uvloop's own, perhaps
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The other process has gone."""
