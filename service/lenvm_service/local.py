@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 from lenvm.config import DEFAULT_MODEL
 from lenvm.errors import InvalidRequestError, LenVMError
@@ -95,24 +94,11 @@ def _job(row: CandidateInput, tenant: str) -> CandidateJob:
         prefix,
         _ids(row.candidates, "candidates"),
         row.generated if type(row.generated) is int else _ids([row.generated], "generated")[0],
-        None if row.objective is None else _objective(row.objective),
+        None if row.objective is None else Objective.from_dict(row.objective),
         None if row.logprobs is None else _numbers(row.logprobs, "logprobs"),
         _ids(row.eos_ids, "eos_ids"),
         row.return_values,
     )
-
-
-def _objective(given: Mapping[str, Any]) -> Objective:
-    """Rows of a generation ask for the same thing at every step: it is read once."""
-    try:
-        return _known_objective(tuple((name, type(value), value) for name, value in given.items()))
-    except (AttributeError, TypeError):  # no mapping, or with values that cannot be hashed: refused by name
-        return Objective.from_dict(given)
-
-
-@lru_cache(maxsize=4096)
-def _known_objective(items: tuple[tuple[str, type, Any], ...]) -> Objective:
-    return Objective.from_dict({name: value for name, _, value in items})
 
 
 def _ids(values: Sequence[SupportsIndex], param: str) -> list[int]:
