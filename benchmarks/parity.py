@@ -7,11 +7,13 @@ fixed seeds and cut at ``--answer-tokens``. Compared at the prompt boundary, aft
 decoding steps with promotion (``lenvm.export.parity``): torch in bfloat16, on a GPU in float32 too, and every ONNX
 Runtime variant, all of them on ``--device``. Mean and largest error of the value, and of the horizon relative to the
 reference's. The report's key is ``parity``, or ``parity_cuda``. tests/integration enforce the limits on a few texts.
+``--texts FILE`` keeps the texts for another machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +36,16 @@ Text = tuple[Sequence[int], int]
 
 def texts_of(model: LengthValueModel, options: argparse.Namespace) -> list[Text]:
     """``(ids of prompt and answer, length of the prompt)``, prompts chosen by the digest of their ids."""
+    if options.texts is not None and options.texts.exists():
+        return [(ids, length) for ids, length in json.loads(options.texts.read_text())]
     prompts = [prompt for domain in DOMAINS for prompt in load_prompts(options.data, domain, "test")]
     short = [prompt for prompt in prompts if len(prompt.text) <= 4 * options.most_prompt]
     asked = [encode_chat(model.tokenizer, p.text) for p in select(short, options.prompts, seed=5)]
     sampled = answers(model, asked, options.answer_tokens)
-    return [([*ids, *found], len(ids)) for ids, found in zip(asked, sampled, strict=True)]
+    texts = [([*ids, *found], len(ids)) for ids, found in zip(asked, sampled, strict=True)]
+    if options.texts is not None:
+        options.texts.write_text(json.dumps(texts))
+    return texts
 
 
 def main() -> None:
@@ -49,6 +56,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--most-prompt", type=int, default=256, help="tokens, about")
     parser.add_argument("--answer-tokens", type=int, default=32)
+    parser.add_argument("--texts", type=Path, help="sampled answers: written, or read where they were")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-onnx", action="store_true")
     parser.add_argument("--report", type=Path)
