@@ -146,6 +146,7 @@ class CandidateRows:
             return None
         parts = [part for score in scores if (part := score.candidate_bin_logprobs) is not None]
         whole = np.empty((self.terminal.size, self.bins.size))
-        whole[self.scored] = np.concatenate(parts)
+        if parts:  # or every candidate of every row ends the answer
+            whole[self.scored] = np.concatenate(parts)
         whole[self.missing] = np.nan
         return whole.reshape(*self.terminal.shape, -1)
