@@ -55,7 +55,7 @@ def test_answers_are_those_of_torch(engine: Engine, tiny_checkpoint: Path) -> No
             for name in fields:
                 if name in want:
                     np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-4)
-    only_end: list[Job] = [CandidateJob(Prefix([5, 6, 7]), [EOS], objective=objective)]
+    only_end: list[Job] = [CandidateJob(Prefix([5, 6, 8]), [EOS], objective=objective)]
     (got,), (want,) = ask(engine, only_end), ask(torch_engine, only_end)
     assert got["values"] == want["values"] == [0.0]
     assert got["log_weights"] == pytest.approx(want["log_weights"])
