@@ -72,7 +72,7 @@ class TestOtherTokenizer:
     def test_prefix_and_candidates_go_through_text(self) -> None:
         scorer = FakeScorer()
         decoder = GuidedDecoder(scorer, [EOS], [STOP], text=adapter())
-        (weighted,) = decoder.step([row([2, 4, 3], 1)])
+        (weighted,) = decoder.step([row([2, 4, 3], 1, {**TILT, "min_eos_prob": 1e-9})])
         ((sent,),) = scorer.calls
         assert sent.token_ids == encode("ab f cde ")
         assert sent.generated == len("cde ")

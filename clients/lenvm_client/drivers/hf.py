@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,14 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
         return done
 
 
+@dataclass(slots=True)
+class _Known:
+    """A row so far, without padding; ``end``: where it ended, counted with padding."""
+
+    ids: list[int] = field(default_factory=list)
+    end: int | None = None
+
+
 class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
     """Adds log-weights to the ``top_k`` likeliest tokens and every EOS and stop id; all other tokens get -inf.
 
@@ -67,6 +75,7 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
             beams: it remembers which rows ended.)
         seeds: one for each row of a step. The processor then draws itself, so that a row's tokens do not depend on
             the batch it shares.
+        rows_keep_places: no beams: a row only grows from one step to the next, so that its new tokens alone are read.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         pad_token_id: int | None = None,
         padding_ends: bool = False,
         seeds: Sequence[int] | None = None,
+        rows_keep_places: bool = False,
     ) -> None:
         if not temperature > 0 or top_k < 1:
             raise InvalidRequestError(f"temperature {temperature} must be above 0 and top_k {top_k} at least 1")
@@ -97,6 +107,9 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         self.seeds = seeds
         self._padding = None if attention_mask is None else _left_padding(attention_mask)
         self._width: int | None = None  # of the prompts, padding included
+        self._keeps = rows_keep_places
+        self._known: list[_Known] = []
+        self._seen = 0  # tokens of each of these, padding included
 
     @property
     def supports_continuous_batching(self) -> bool:
@@ -111,16 +124,34 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         if self._padding is None:
             given = input_ids[::expansion] != (-1 if self._pad is None else self._pad)
             self._padding = _left_padding(torch.cummax(given.int(), 1).values)
+        if not self._keeps or len(self._known) != len(input_ids) or input_ids.shape[1] < self._seen:
+            self._known, self._seen = [_Known() for _ in range(len(input_ids))], 0
+        for at, (known, ids) in enumerate(zip(self._known, input_ids[:, self._seen :].tolist(), strict=True)):
+            if known.end is None:
+                self._grow(known, ids, self._padding[at // expansion], self._stops.ended.get(at))
+        self._seen = total = input_ids.shape[1]
         rows = []
-        for at, ids in enumerate(input_ids.tolist()):
-            stop = self._stops.ended.get(at, len(ids))
-            end = next((t for t in range(self._width, stop) if ids[t] in self._ends), stop)
-            # Its EOS belongs to the answer; padding after another end does not.
-            whole = end + (end < stop and ids[end] in self.decoder.end_ids)
-            prefix, objective = ids[self._padding[at // expansion] : whole], self.objectives[at // expansion]
-            generated, finished = end - self._width, end < len(ids) or at in self._stops.ended
-            rows.append(GuidedRow(prefix=prefix, generated=generated, objective=objective, finished=finished))
+        for at, known in enumerate(self._known):
+            generated = (total if known.end is None else known.end) - self._width
+            finished, objective = known.end is not None, self.objectives[at // expansion]
+            rows.append(GuidedRow(prefix=known.ids, generated=generated, objective=objective, finished=finished))
         return rows
+
+    def _grow(self, known: _Known, ids: list[int], padding: int, stop: int | None) -> None:
+        """Take in a row's tokens from ``_seen`` on, up to its end. ``stop``: where a criterion ended it."""
+        assert self._width is not None
+        for place, token in enumerate(ids, self._seen):
+            if place == stop:
+                break
+            if place >= self._width and token in self._ends:
+                known.end = place
+                # Its EOS belongs to the answer; padding after another end does not.
+                if token in self.decoder.end_ids:
+                    known.ids.append(token)
+                return
+            if place >= padding:
+                known.ids.append(token)
+        known.end = stop
 
     def _expansion(self, input_ids: torch.Tensor) -> int:
         expansion, rest = divmod(len(input_ids), len(self.objectives) or len(input_ids) + 1)
@@ -233,6 +264,7 @@ def generate(
         pad_token_id=pad,
         padding_ends=beams > 1 and bool(ending),
         seeds=seeds,
+        rows_keep_places=beams == 1,
     )
     processor.rows(ids)  # checks the shapes before anything is computed
     if ending:
