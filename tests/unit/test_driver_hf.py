@@ -554,3 +554,40 @@ class TestFailures:
         assert output.sequences.shape[0] == 2
         assert all(PAD not in prefix for call in scorer.prefixes for prefix in call)
         assert [len(call) for call in scorer.calls][:5] == [2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("padding_ends", [False, True])
+def test_rows_read_step_by_step_are_those_read_as_a_whole(padding_ends: bool) -> None:
+    dice = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 7, (16, 14), generator=dice)
+    ends = torch.tensor([EOS, STOP, PAD])
+    for at in range(16):
+        ids[at, : at % 3] = PAD  # to the left of the prompt, which is 4 long
+        if at % 4:
+            place = 4 + (3 * at) % 9
+            ids[at, place] = ends[at % 3]
+            ids[at, place + 1 :] = PAD
+    mask = torch.ones_like(ids[:, :4])
+    for at in range(16):
+        mask[at, : at % 3] = 0
+
+    def processor(keeps: bool) -> LenVMLogitsProcessor:
+        made = LenVMLogitsProcessor(
+            GuidedDecoder(FakeScorer(), [EOS], [STOP]),
+            [TILT] * 16,
+            attention_mask=mask,
+            pad_token_id=PAD,
+            padding_ends=padding_ends,
+            rows_keep_places=keeps,
+        )
+        made.rows(ids[:, :4])
+        return made
+
+    keeping, plain = processor(True), processor(False)
+    for width in (5, 6, 9, 10, 14):
+        if width == 9:  # a stop string ended row 0, and padding follows
+            ids[0, 8:] = PAD
+            for each in (keeping, plain):
+                each._stops.ended[0] = 8
+        assert keeping.rows(ids[:, :width]) == plain.rows(ids[:, :width])
+    assert sum(row.finished for row in plain.rows(ids)) > 8
