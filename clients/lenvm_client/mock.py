@@ -209,6 +209,7 @@ def _completion(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _candidates(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
     count, objective = len(row["candidates"]), row.get("objective")
+    shown = 0 if row.get("return_values") is False else count
     tilt = {"kind": "tilt", "lambda": 0.0} if (objective or {}).get("kind") == "scale" else None
     return {
         "index": index,
@@ -216,8 +217,8 @@ def _candidates(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
         "cached_tokens": 0,
         "value": _VALUE,
         "horizon": _HORIZON,
-        "values": [_VALUE] * count * row.get("return_values", True),
-        "horizons": [_HORIZON] * count * row.get("return_values", True),
+        "values": [_VALUE] * shown,
+        "horizons": [_HORIZON] * shown,
         "log_weights": None if objective is None else [0.0] * count,
         "session": _session(row),
         "objective": tilt,

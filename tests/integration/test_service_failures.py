@@ -182,14 +182,14 @@ def test_a_raising_engine_answers_everyone_and_comes_back(
     score, entered, gate, recovered = engine.core.scorer.score, threading.Event(), threading.Event(), threading.Event()
     broken = [True]
 
-    def raising(rows: Any) -> Any:
+    def raising(*given: Any) -> Any:
         if broken:
             entered.set()
             assert gate.wait(30)
             broken.clear()
             raise RuntimeError("CUDA error: an illegal memory access")
         assert recovered.wait(30)  # the check: it lasts until the test has looked at readiness
-        return score(rows)
+        return score(*given)
 
     monkeypatch.setattr(engine.core.scorer, "score", raising)
     errors: list[tuple[str, float]] = []
@@ -258,7 +258,7 @@ def test_a_burst_is_answered_or_told_when_to_come_back(
 ) -> None:
     url, engine = in_process
     gate, score = threading.Event(), engine.core.scorer.score
-    monkeypatch.setattr(engine.core.scorer, "score", lambda rows: (gate.wait(60), score(rows))[1])
+    monkeypatch.setattr(engine.core.scorer, "score", lambda *given: (gate.wait(60), score(*given))[1])
     monkeypatch.setattr(engine.batcher, "options", dataclasses.replace(engine.batcher.options, max_queue_tokens=400))
 
     def ask(at: int) -> tuple[int, str | None]:

@@ -143,7 +143,7 @@ def test_a_raising_engine_fails_its_callers_checks_itself_and_goes_on(
 def test_an_engine_that_fails_its_check_starts_afresh(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = asyncio.run(engine.submit([PredictJob(Prefix([5, 6, 7]))])).results[0]
     old = engine.core.scorer
-    monkeypatch.setattr(old, "score", lambda rows: 1 / 0)
+    monkeypatch.setattr(old, "score", lambda *_: 1 / 0)
     assert isinstance(asyncio.run(engine.submit([PredictJob(Prefix([8]))])).results[0], InternalError)
     until(lambda: engine.ready)
     assert engine.core.scorer is not old

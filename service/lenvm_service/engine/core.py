@@ -258,7 +258,7 @@ class EngineCore:
             candidates = self._candidate_rows(asked.values())
 
         with traced(self.tracing, "forward", rows=len(rows)):
-            scores = self.scorer.score(rows, meanwhile) if asked else self.scorer.score(rows)
+            scores = self.scorer.score(rows, meanwhile if asked else None)
         for work, score in zip(works.values(), scores, strict=True):
             work.score = score
         if candidates is not None:

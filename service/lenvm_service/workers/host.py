@@ -18,7 +18,7 @@ from typing import Any
 from lenvm_service.engine import Engine
 from lenvm_service.logs import fields
 from lenvm_service.metrics import Metrics
-from lenvm_service.server import fast_loop, loading_problem, settle_garbage
+from lenvm_service.server import loading_problem, settle_garbage
 from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing
 from lenvm_service.workers.board import Board
@@ -132,7 +132,7 @@ class WorkerHost:
 
     def run(self) -> str | None:
         """Serve; what kept it from that, else None."""
-        with asyncio.Runner(loop_factory=fast_loop) as runner:
+        with asyncio.Runner(loop_factory=_fast_loop) as runner:
             runner.run(self._run())
         return self.failure
 
@@ -234,3 +234,12 @@ class WorkerHost:
             }
             for name, engine in self.engines.items()
         ]
+
+
+def _fast_loop() -> asyncio.AbstractEventLoop:
+    """An event loop of uvloop, or asyncio's own where that is not to be had (Windows)."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
