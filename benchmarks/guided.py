@@ -3,11 +3,11 @@
     python benchmarks/guided.py --device cuda --dtype bfloat16 --report reports/engine.json
 
 The shipped model's backbone generates ``--sequences`` answers of ``--tokens`` tokens from random prompts, EOS kept out
-so that all rows last. *Loop*: ``generate`` of transformers under ``lenvm_client.drivers.hf``: unguided by the same
-sampler, guided over ``LocalScorer``, and over a ``Client`` of a ``lenvm serve``. The ways take turns, and what is added
-is the difference of their medians, a step. ``step``: the scorer's part of it, as ``benchmarks/step.py`` measures it.
-Beside them: plain ``generate``, eager and (``--compile``) with a compiled static cache; and our own sampler, unguided
-and guided.
+so that all rows last. *Loop*: ``generate`` of transformers under ``lenvm_client.drivers.hf``, over ``LocalScorer``
+(which on a GPU does all of a step there) and over a ``Client`` of a ``lenvm serve``, each guided and unguided with the
+same sampler. The ways take turns, and what is added is the difference of their medians, a step. ``step``: the scorer's
+part of it, as ``benchmarks/step.py`` measures it. Beside them: plain ``generate``, eager and (``--compile``) with a
+compiled static cache; and our own sampler, unguided and guided.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lenvm.scoring import TorchScorer
 from lenvm_client import CandidateScorer, Client
 from lenvm_client.drivers.hf import generate
 from lenvm_service.local import LocalScorer
+from lenvm_service.server import settle_garbage
 
 TEMPERATURE = 0.7
 EARLY = 8  # steps at the start that are not counted
@@ -88,11 +89,13 @@ class Loop:
 
 
 def loops(loop: Loop, scorers: dict[str, CandidateScorer], rounds: int) -> dict[str, dict[str, Any]]:
-    """Step times of each way; whole answers take turns, the first round is thrown away."""
-    times: dict[str, list[float]] = {"unguided": [], **{name: [] for name in scorers}}
+    """Step times of each way, ``unguided_`` before the name where nobody guides; whole answers take turns, the first
+    round is thrown away."""
+    ways = {f"{prefix}{name}": scorer for name, scorer in scorers.items() for prefix in ("unguided_", "")}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, kept in times.items():
-            found = loop.run(scorers.get(name, next(iter(scorers.values()))), guided=name in scorers)
+            found = loop.run(ways[name], guided=name in scorers)
             if turn:
                 kept += found
     return {name: spread(values) for name, values in times.items()}
@@ -195,6 +198,7 @@ def main() -> None:
     ).to(device)
     found: dict[str, Any] = {"sequences": options.sequences, "candidates": options.candidates}
     found |= {"prompt": options.prompt, "tokens": options.tokens}
+    settle_garbage()
     step = scorer_step(value, options)
     middle = options.prompt + options.tokens // 2
     floor = ceilings.floor_ms(
@@ -215,7 +219,7 @@ def main() -> None:
             replica.stop()
     found["loop"] = ways
     for name in ("in_process", "loopback"):
-        found[f"added_ms_{name}"] = ways[name]["ms"] - ways["unguided"]["ms"]
+        found[f"added_ms_{name}"] = ways[name]["ms"] - ways[f"unguided_{name}"]["ms"]
     found["added_in_process_over_step"] = found["added_ms_in_process"] / step["ms"]
     found["added_floor_ratio"] = found["added_ms_in_process"] / floor
     merge(options.report, {"guided": found}, device)  # what follows is only for comparison

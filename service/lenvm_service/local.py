@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from lenvm.config import DEFAULT_MODEL
 from lenvm.errors import InvalidRequestError, LenVMError
@@ -69,6 +69,34 @@ class LocalScorer(JobScorer):
     def __init__(self, model: str | Path = DEFAULT_MODEL, *, device: str = "cpu", dtype: str = "float32") -> None:
         self.core: EngineCore = load_core(model, EngineOptions(device=device, dtype=dtype)).core
         super().__init__(lambda jobs: self.core.run(jobs))
+
+    def device_processor(
+        self,
+        objectives: Sequence[Mapping[str, Any] | None],
+        prompts: Sequence[Sequence[int]],
+        **settings: Any,
+    ) -> Any | None:
+        """A logits processor for one ``generate`` of transformers that guides without a word from the host
+        (``lenvm.decoding.device_processor.DeviceProcessor``, which says what ``settings`` are). None where the model
+        does not run as CUDA graphs, for ``scale`` and targets in other units than tokens, and where prompts and answers
+        do not fit: then guidance goes step by step, and says what is wrong."""
+        scorer: Any = self.core.scorer
+        units = {(objective or {}).get("unit", "tokens") for objective in objectives}
+        if (
+            not getattr(scorer, "has_graphs", False)
+            or settings["vocabulary"] > scorer.vocab_size
+            or units != {"tokens"}
+        ):
+            return None
+        from lenvm.decoding.device_processor import DeviceProcessor
+        from lenvm.guides import ValueGuide
+
+        try:
+            wanted = [None if objective is None else Objective.from_dict(objective) for objective in objectives]
+            rules = ValueGuide(scorer, wanted).device_rules(scorer.pool.device)
+            return None if rules is None else DeviceProcessor(scorer, rules, prompts, **settings)
+        except LenVMError:
+            return None
 
 
 class _NotOnePrefixError(InvalidRequestError):

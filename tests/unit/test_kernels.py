@@ -211,7 +211,7 @@ def close(a, b):
     for name in ("logits", "bin_logprobs", "candidate_logits", "candidate_bin_logprobs"):
         one, other = getattr(a, name), getattr(b, name)
         assert one.shape == other.shape, (name, one.shape, other.shape)
-        np.testing.assert_allclose(one, other, atol=2e-5)
+        np.testing.assert_allclose(one, other, atol=5e-5)
     assert a.cached_tokens == b.cached_tokens and a.state.length == b.state.length
 
 prefixes = [list(range(5, 5 + n)) for n in (3, 31, 32, 64, 40)]
@@ -243,6 +243,111 @@ for a, b in zip(*last):
 print("done")
 """
 
+ROTATE = """
+import torch
+from lenvm.fused import norm, rotate
+from lenvm.paged.kernels import rotate_and_store
+
+torch.manual_seed(0)
+for heads, kv, dim, norms in ((9, 3, 32, (None, None)), (4, 2, 16, (torch.rand(16), torch.rand(16)))):
+    tokens = 37
+    qkv = torch.randn(tokens, heads + 2 * kv, dim)
+    q, k, v = qkv.clone().split([heads, kv, kv], 1)
+    places = torch.randint(0, 200, (tokens,))
+    angle = torch.arange(300)[:, None] * 10000 ** (-torch.arange(dim // 2) / (dim // 2))
+    keys, values = (torch.zeros(20, kv, 8, dim) for _ in range(2))
+    blocks, offsets = 1 + torch.arange(tokens) // 8, torch.arange(tokens) % 8
+    rotate_and_store(qkv, heads, places, blocks, offsets, keys, values, angle.cos(), angle.sin(), norms, 1e-5)
+    full = angle[places][:, None].repeat(1, 1, 2)
+    want_q, want_k = (
+        rotate(x if w is None else norm(x, w, 1e-5), full.cos(), full.sin()) for x, w in zip((q, k), norms)
+    )
+    made = qkv.split([heads, kv, kv], 1)
+    stored = (keys[blocks, :, offsets], values[blocks, :, offsets])
+    for found, want in zip((*made, *stored), (want_q, want_k, v, want_k, v)):
+        torch.testing.assert_close(found, want, atol=2e-5, rtol=0)
+print("done")
+"""
+
+DEVICE = """
+import sys
+import torch
+from pathlib import Path
+from lenvm.modeling import LengthValueModel
+from lenvm.paged import BlockPool, PoolShape
+from lenvm.backbones import load_backbone
+from lenvm_client.errors import LenVMClientError
+from lenvm_client.drivers.hf import generate
+from lenvm_service.local import LocalScorer
+
+backbone, checkpoint = sys.argv[1:3]
+model = load_backbone(Path(backbone), attn_implementation="sdpa").eval()
+plain = LocalScorer(checkpoint)
+unfused = plain.core.scorer.pool
+BlockPool.has_step_kernel = property(lambda self: self is not unfused)
+device = LocalScorer(checkpoint)
+scorer = device.core.scorer
+scorer._pool = BlockPool(PoolShape.of(scorer.model.decoder.config), max_blocks=65, initial_blocks=65, block_size=32)
+scorer._use_fused(compiled=False)
+assert scorer.has_graphs and not plain.core.scorer.has_graphs
+width = 33
+prompts = [[5 + (i * 7 + j) % 90 for j in range(n)] for i, n in enumerate((3, 33, 31, 20))]
+inputs = {
+    "input_ids": torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
+    "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+}
+equal, most, tilt = {"kind": "equal_to", "target": 9}, {"kind": "at_most", "target": 4}, {"kind": "tilt", "lambda": 0.2}
+objectives = [equal, None, most, tilt]
+made = []
+make = LocalScorer.device_processor
+LocalScorer.device_processor = lambda self, *a, **k: made.append(make(self, *a, **k)) or made[-1]
+for options in (
+    dict(temperature=0.9, seeds=[1, 2, 3, 4]),
+    dict(temperature=0.9, seeds=[5, 6, 7, 8]),
+    dict(temperature=0.0),
+):
+    found = []
+    for each in (plain, device):
+        found.append(
+            generate(
+                model, each, inputs, objectives=objectives, top_k=6, max_new_tokens=14, eos_token_id=[2, 3],
+                pad_token_id=0, on_error="raise", **options,
+            )
+        )
+    (a, one), (b, two) = found
+    assert torch.equal(a, b), (a, b)
+    for x, y in zip(one.rows, two.rows):
+        assert (x.steps, x.guided_steps, x.forced_stop) == (y.steps, y.guided_steps, y.forced_stop), (x, y)
+        assert x.text_cost != x.text_cost or abs(x.text_cost - y.text_cost) < 1e-3, (x, y)
+    assert made[-1] is not None and made[-2] is None
+    assert scorer.pool.used_blocks == 0
+    if options["temperature"]:
+        assert any(row.text_cost for row in one.rows), "guidance did nothing"
+assert len(scorer._device_graphs) == 2  # draws by itself or not
+# transformers draws: the law is that of the plain processor.
+tables = []
+for each in (plain, device):
+    torch.manual_seed(3)
+    tables.append(generate(model, each, inputs, objectives=objectives, top_k=6, max_new_tokens=14, eos_token_id=[2, 3],
+                           pad_token_id=0, on_error="raise", temperature=0.9))
+(a, one), (b, two) = tables
+assert torch.equal(a, b), (a, b)
+assert abs(one.text_cost - two.text_cost) < 1e-3
+# Nobody is guided: the same sampler, and no value model.
+a, b = (generate(model, each, inputs, objectives=None, top_k=6, max_new_tokens=6, eos_token_id=[2, 3], pad_token_id=0,
+                 seeds=[1, 2, 3, 4])[0] for each in (plain, device))
+assert torch.equal(a, b), (a, b)
+# What does not fit goes step by step.
+for kwargs in (dict(objectives={"kind": "scale", "factor": 0.5}), dict(objectives=objectives, max_new_tokens=3000)):
+    made.clear()
+    try:
+        generate(model, device, inputs, top_k=6, eos_token_id=[2, 3], pad_token_id=0, **{"max_new_tokens": 4, **kwargs})
+    except LenVMClientError:
+        assert "max_new_tokens" in kwargs  # the context is full
+    assert made == [None], made
+print("done")
+"""
+
 
 def run(script: str, *arguments: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -266,3 +371,15 @@ def test_graphed_guidance_equals_the_plain_sampler(tiny_backbone: Path, tiny_che
 
 def test_graphed_scoring_equals_the_plain_scorer(tiny_checkpoint: Path) -> None:
     run(SCORER, str(tiny_checkpoint))
+
+
+def test_graphed_scoring_by_the_library_s_products(tiny_checkpoint: Path) -> None:
+    run("import lenvm.scoring.step_layers as layers\nlayers._SMALL = 0\n" + SCORER, str(tiny_checkpoint))
+
+
+def test_generate_guided_on_the_device_equals_guided_by_the_host(tiny_backbone: Path, tiny_checkpoint: Path) -> None:
+    run(DEVICE, str(tiny_backbone), str(tiny_checkpoint))
+
+
+def test_prompts_are_rotated_and_stored_in_place() -> None:
+    run(ROTATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from lenvm_client._core import OnError
-from lenvm_client._steps import GuidanceReport, GuidedRow, uniform
+from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, uniform
 from lenvm_client._types import CandidateScorer
 from lenvm_client.drivers._logits import top
 from lenvm_client.errors import InvalidRequestError
@@ -116,6 +117,23 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         """Read by transformers' continuous batching alone: raises InvalidRequestError. It packs the rows of several
         requests into one, so that their prefixes cannot be told."""
         raise InvalidRequestError("continuous batching cannot be guided: use generate", param="logits_processor")
+
+    def on_device(self, vocabulary: int, room: int) -> Any | None:
+        """A processor that does the same without a word from the host, of a scorer that has one (``LocalScorer`` on a
+        GPU); None: this one must do it. ``rows`` has seen the prompts; answers have up to ``room`` tokens."""
+        make = getattr(self.decoder.scorer, "device_processor", None)
+        if make is None or self.top_k >= vocabulary:
+            return None
+        return make(
+            self.objectives,
+            [known.ids for known in self._known],
+            end_ids=self.decoder.end_ids,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            room=room,
+            vocabulary=vocabulary,
+            seeds=self.seeds,
+        )
 
     def rows(self, input_ids: torch.Tensor) -> list[GuidedRow]:
         """``[B * n, T]`` as rows without padding, each up to its end."""
@@ -275,11 +293,41 @@ def generate(
     generate_kwargs["eos_token_id"] = list(decoder.end_ids) or None
     if sampling:
         generate_kwargs |= {"temperature": temperature, "top_k": 0, **_WARPERS}
-    processors = LogitsProcessorList([*(generate_kwargs.pop("logits_processor", None) or ()), processor])
-    generate_kwargs |= {"do_sample": sampling, "logits_processor": processors}
-    output = model.generate(**given, **generate_kwargs)
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    return output, decoder.report(processor.rows(sequences))
+    processors = list(generate_kwargs.pop("logits_processor", None) or ())
+    room = setting("max_new_tokens") or (setting("max_length") or 0) - ids.shape[1]
+    device = None
+    if beams == 1 and count == len(ids) and not processor._stops.criteria and text is None and room > 0:
+        device = processor.on_device(model.config.get_text_config().vocab_size, room)
+    generate_kwargs |= {
+        "do_sample": sampling,
+        "logits_processor": LogitsProcessorList([*processors, device or processor]),
+    }
+    try:
+        output = model.generate(**given, **generate_kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if device is None:
+            return output, decoder.report(processor.rows(sequences))
+        last = sequences[:, -1] if sequences.shape[1] > ids.shape[1] else None
+        return output, _device_report(device.finish(last), each, sampled=sampling)
+    finally:
+        if device is not None:
+            device.finish()
+
+
+def _device_report(
+    rows: Sequence[Any], objectives: Sequence[Mapping[str, Any] | None], *, sampled: bool
+) -> GuidanceReport:
+    """From what ``DeviceProcessor`` kept."""
+    reports = [
+        RowReport(
+            steps=row.steps,
+            guided_steps=row.steps if objective is not None else 0,
+            forced_stop=row.forced_stop,
+            text_cost=row.text_cost if sampled else math.nan,
+        )
+        for row, objective in zip(rows, objectives, strict=True)
+    ]
+    return GuidanceReport(tuple(reports), calls=max((row.steps for row in rows), default=0))
 
 
 def _checked_ids(ids: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "attend",
     "attend_plan",
     "build_plan",
+    "fresh_attention",
     "opaque_attention",
     "packed_forward",
     "use_paged_attention",
@@ -87,23 +89,25 @@ class Plan:
 def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) -> Plan:
     """Lay out ``rows`` for one forward; tokens are ordered row by row, tail before candidates."""
     device, size = pool.device, pool.block_size
-    lengths = np.array([len(row.tail) + len(row.candidates) for row in rows])
     tails = np.array([len(row.tail) for row in rows])
+    lengths = tails + np.array([len(row.candidates) for row in rows])
     prefixes = np.array([row.prefix_len for row in rows])
     width, total = int(lengths.max()), int(lengths.sum())
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    ids = np.concatenate([np.asarray([*row.tail, *row.candidates], dtype=np.int64) for row in rows])
+    ids = np.fromiter(chain.from_iterable(chain(row.tail, row.candidates) for row in rows), np.int64, total)
     row_of = np.repeat(np.arange(len(rows)), lengths)
     local = np.arange(total) - starts[row_of]
     is_tail = local < tails[row_of]
     positions = prefixes[row_of] + np.minimum(local, tails[row_of])
 
-    tables = np.zeros((len(rows), max(1, pool.blocks_for(int(prefixes.max())))), dtype=np.int64)
-    for index, row in enumerate(rows):
-        held = row.blocks[: pool.blocks_for(row.prefix_len)]
-        tables[index, : len(held)] = held
+    # Blocks of prefixes and tails; what a prefix has none of is block 0.
+    held = np.zeros((len(rows), max(1, pool.blocks_for(int((prefixes + tails).max())))), dtype=np.int64)
+    for own, row in zip(held, rows, strict=True):
+        own[: min(len(row.blocks), len(own))] = row.blocks[: len(own)]
+    deep = max(1, pool.blocks_for(int(prefixes.max())))
+    tables = np.where(np.arange(deep) < -(-prefixes[:, None] // size), held[:, :deep], 0)
     written = np.flatnonzero(is_tail)
-    blocks = np.fromiter((rows[row_of[t]].blocks[positions[t] // size] for t in written), np.int64, len(written))
+    blocks = held[row_of[written], positions[written] // size]
 
     def tensor(array: Any) -> torch.Tensor:
         return to_device(array, device)
@@ -222,22 +226,19 @@ def attend_plan(
 def _fresh_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: Plan, scaling: float
 ) -> torch.Tensor:
-    """Prompts from their first token on: FlashAttention over rows of any lengths, nothing padded and no mask."""
-    shared = query.shape[0] // keys.shape[0]
-    k, v = (x.transpose(0, 1).repeat_interleave(shared, dim=1) for x in (keys, values))
-    bounds = plan.starts.int()
+    """``[heads, N, D]`` and ``[kv_heads, N, D]`` twice -> ``[N, heads, D]``; see :func:`fresh_attention`."""
+    q, k, v = (x.transpose(0, 1) for x in (query, keys, values))
+    return fresh_attention(q, k, v, plan.starts.int(), plan.width, scaling)
+
+
+def fresh_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, width: int, scaling: float
+) -> torch.Tensor:
+    """Prompts from their first token on: FlashAttention over rows of any lengths, nothing padded, copied or masked.
+    ``[N, heads, D]`` and ``[N, kv_heads, D]`` twice, the last axis contiguous; ``starts`` int32 ``[B + 1]``, ``width``
+    the longest row."""
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        query.transpose(0, 1).contiguous(),
-        k,
-        v,
-        bounds,
-        bounds,
-        plan.width,
-        plan.width,
-        0.0,
-        True,
-        False,
-        scale=scaling,
+        query, keys, values, starts, starts, width, width, 0.0, True, False, scale=scaling
     )[0]
     return out
 

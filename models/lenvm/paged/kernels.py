@@ -8,24 +8,46 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["Rotation", "StepScratch", "promote_tokens", "step_attention", "store_tokens"]
+from lenvm.paged.layer_kernels import fetch, launch_options, launches_early
+
+__all__ = ["Rotation", "StepScratch", "promote_tokens", "rotate_and_store", "step_attention", "store_tokens"]
 
 _WARPS, _STAGES, _TILE = 4, 2, 64
+_LEAST = 4  # tiles of a share: of less, putting shares together takes longer than it saves
 _PROGRAMS_TIMES_DIM, _MOST_SPLITS, _MOST_QUERIES = 192, 8, 64
 
 
 @triton.jit
-def _rotated(x_ptr, swapped_ptr, norm_ptr, cos, sin, real, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Heads ``[BM, D]`` in float32, normed where they are, rotated; a rotation mixes the two halves of a head."""
-    d = tl.arange(0, D)
-    x = tl.load(x_ptr, mask=real, other=0.0).to(tl.float32)
-    swapped = tl.load(swapped_ptr, mask=real, other=0.0).to(tl.float32)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x = x * factor * tl.load(norm_ptr + d).to(tl.float32)[None, :]
-        swapped = swapped * factor * tl.load(norm_ptr + (d + D // 2) % D).to(tl.float32)[None, :]
-    return x * cos + swapped * sin
+def _halves(x_ptr, norm_ptr, cos, sin, real, eps, D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr):
+    """Both halves ``[BM, D / 2]`` of heads, normed and rotated where they are to be: a rotation mixes the halves, and
+    what is read in halves is read in whole lines."""
+    h = tl.arange(0, D // 2)[None, :]
+    one, two = tl.load(x_ptr + h, mask=real, other=0.0), tl.load(x_ptr + D // 2 + h, mask=real, other=0.0)
+    if ROTATE:
+        x, y = one.to(tl.float32), two.to(tl.float32)
+        if NORM:
+            factor = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / D + eps)[:, None]
+            x = x * factor * tl.load(norm_ptr + h).to(tl.float32)
+            y = y * factor * tl.load(norm_ptr + D // 2 + h).to(tl.float32)
+        one, two = (x * cos - y * sin).to(one.dtype), (y * cos + x * sin).to(two.dtype)
+    return one, two
+
+
+@triton.jit
+def _update(q_1, q_2, keys_1, keys_2, values, mask, peak, total, acc, scale):
+    """One tile more in the softmax: queries ``[BM, D / 2]`` twice, keys ``[D / 2, T]`` twice, values ``[T, D]``. Peaks
+    are of scores as they are; the scale, which is positive, is multiplied in where the exponent is taken."""
+    scores = tl.dot(q_1, keys_1, input_precision="ieee")
+    scores = tl.dot(q_2, keys_2, scores, input_precision="ieee")
+    # Finite: a row without a key, which nobody reads, must not become NaN.
+    scores = tl.where(mask, scores, -1e30)
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores * scale - (new_peak * scale)[:, None])
+    shrink = tl.exp2((peak - new_peak) * scale)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return new_peak, total * shrink + tl.sum(weights, 1), acc
 
 
 @triton.jit
@@ -55,7 +77,8 @@ def _step_kernel(  # noqa: PLR0915
     cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kept_k_ptr, kept_v_ptr, scale, eps,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_pb, stride_ph, stride_table, stride_on,
     G: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, TILES_M: tl.constexpr,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, ROTATE: tl.constexpr,
+    NORM: tl.constexpr, LINE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program per (row and tile of its queries, key head, share of the prefix): G heads for each token share every
     key and value read. The last program of a row, tile and head that is done puts the shares together."""
@@ -63,76 +86,81 @@ def _step_kernel(  # noqa: PLR0915
     head = tl.program_id(1)
     part = tl.program_id(2)
     m = (tl.program_id(0) % TILES_M) * BM + tl.arange(0, BM)
+    c = tl.arange(0, OWN)
     d = tl.arange(0, D)
+    h = tl.arange(0, D // 2)
     place = tl.arange(0, TILE)
     length = tl.load(len_ptr + row)
     tiles = tl.cdiv(length, TILE)
-    share = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    share = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
     parts = tl.maximum(tl.cdiv(tiles, share), 1)  # those that have something to do
     if part < parts:
+        own_table = table_ptr + row * stride_table
+        first, end = part * share, tl.minimum(part * share + share, tiles)
+        if EARLY:
+            # The prefix is there already: it comes into the cache while the products before this are made.
+            line = tl.arange(0, TILE * D // LINE) * LINE
+            for index in range(first, tl.minimum(end, first + 8)):
+                column = index * (TILE // SIZE) + line // D // SIZE
+                block = tl.load(own_table + column, mask=column < stride_table, other=0)
+                base = block.to(tl.int64) * stride_pb + head * stride_ph + line % (SIZE * D)
+                fetch(pool_k_ptr + base)
+                fetch(pool_v_ptr + base)
+            gdc_wait()
+            gdc_launch_dependents()
         if WIDTH > 0:
-            token = row * WIDTH + m // G
-            real = (m // G < WIDTH)[:, None]
+            start, count = row * WIDTH, WIDTH
         else:
-            token = tl.load(start_ptr + row) + m // G
-            real = (token < tl.load(start_ptr + row + 1))[:, None]
+            start = tl.load(start_ptr + row).to(tl.int32)
+            count = tl.load(start_ptr + row + 1).to(tl.int32) - start
+        token = start + m // G
+        real = (m // G < count)[:, None]
         q_head = head * G + m % G
-        q_at = q_ptr + q_head[:, None] * stride_qh + token[:, None] * stride_qn
-        k_at = k_ptr + head * stride_kh + token[:, None] * stride_kn
+        cos, sin = 1.0, 0.0
         if ROTATE:
-            # cos and sin have a number for each half of a head; the first half's partner counts negative.
-            angle = length * (D // 2) + d % (D // 2)
-            cos = tl.load(cos_ptr + angle)[None, :]
-            sin = tl.load(sin_ptr + angle)
-            sin = tl.where(d < D // 2, -sin, sin)[None, :]
-            other = (d + D // 2) % D
-            q = _rotated(q_at + d[None, :], q_at + other[None, :], q_norm_ptr, cos, sin, real, eps, D, NORM)
-            q = q.to(q_ptr.dtype.element_ty)
-        else:
-            q = tl.load(q_at + d[None, :], mask=real, other=0.0)
+            angle = length * (D // 2) + h
+            cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
+        q_at = q_ptr + q_head[:, None] * stride_qh + token[:, None] * stride_qn
+        q_1, q_2 = _halves(q_at, q_norm_ptr, cos, sin, real, eps, D, ROTATE, NORM)
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
         if part == 0:
-            # The tree mask's diagonal: each candidate sees itself.
-            v_self = tl.load(v_ptr + head * stride_vh + token[:, None] * stride_vn + d[None, :], mask=real, other=0.0)
+            # The tree mask's diagonal: each of the row's tokens sees itself and none of the others.
+            theirs = (c < count)[:, None]
+            k_at = k_ptr + head * stride_kh + (start + c)[:, None] * stride_kn
+            k_1, k_2 = _halves(k_at, k_norm_ptr, cos, sin, theirs, eps, D, ROTATE, NORM)
+            v_at = v_ptr + head * stride_vh + (start + c)[:, None] * stride_vn + d[None, :]
+            v_own = tl.load(v_at, mask=theirs, other=0.0)
             if ROTATE:
-                k_self = _rotated(k_at + d[None, :], k_at + other[None, :], k_norm_ptr, cos, sin, real, eps, D, NORM)
-                k_self = k_self.to(k_ptr.dtype.element_ty)
                 # Candidates are kept: the one that is chosen is not computed again.
-                kept = (token[:, None] * tl.num_programs(1) + head) * D + d[None, :]
-                tl.store(kept_k_ptr + kept, k_self, mask=real & (m % G == 0)[:, None])
-                tl.store(kept_v_ptr + kept, v_self, mask=real & (m % G == 0)[:, None])
-            else:
-                k_self = tl.load(k_at + d[None, :], mask=real, other=0.0)
-            peak = tl.sum(q.to(tl.float32) * k_self.to(tl.float32), 1) * scale
-            total += 1.0
-            acc = v_self.to(tl.float32)
-        for index in range(part * share, tl.minimum(part * share + share, tiles)):
+                kept = ((start + c)[:, None] * tl.num_programs(1) + head) * D
+                theirs = theirs & (0 * c + tl.program_id(0) % TILES_M == 0)[:, None]
+                tl.store(kept_k_ptr + kept + h[None, :], k_1, mask=theirs)
+                tl.store(kept_k_ptr + kept + D // 2 + h[None, :], k_2, mask=theirs)
+                tl.store(kept_v_ptr + kept + d[None, :], v_own, mask=theirs)
+            itself = (m // G)[:, None] == c[None, :]
+            peak, total, acc = _update(q_1, q_2, tl.trans(k_1), tl.trans(k_2), v_own, itself, peak, total, acc, scale)
+        for index in range(first, end):
             # A tile is whole blocks: loads without a mask. What a block holds past the prefix, and block 0 past the
             # table's end, is stale but finite, and its weight is 0.
-            at = index * TILE + place
-            block = tl.load(table_ptr + row * stride_table + at // SIZE, mask=at // SIZE < stride_table, other=0)
-            base = block.to(tl.int64) * stride_pb + head * stride_ph + (at % SIZE) * D
-            keys = tl.load(pool_k_ptr + base[None, :] + d[:, None])
-            scores = tl.dot(q, keys, input_precision="ieee") * scale
-            scores = tl.where((at < length)[None, :], scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
+            column = index * (TILE // SIZE) + place // SIZE
+            block = tl.load(own_table + column, mask=column < stride_table, other=0)
+            base = block.to(tl.int64) * stride_pb + head * stride_ph + place % SIZE * D
+            keys_1 = tl.load(pool_k_ptr + base[None, :] + h[:, None])
+            keys_2 = tl.load(pool_k_ptr + base[None, :] + D // 2 + h[:, None])
             values = tl.load(pool_v_ptr + base[:, None] + d[None, :])
-            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-            total = total * shrink + tl.sum(weights, 1)
-            peak = new_peak
+            inside = (place < length - index * TILE)[None, :]
+            peak, total, acc = _update(q_1, q_2, keys_1, keys_2, values, inside, peak, total, acc, scale)
         done = parts == 1
         if SPLITS > 1:
             if parts > 1:
                 mine = tl.program_id(0) * tl.num_programs(1) + head
                 here = mine * SPLITS * BM + tl.arange(0, BM)
                 # Each share's mean in the precision of the answer: what is written and read again is a quarter so.
-                mean = (acc / total[:, None]).to(part_ptr.dtype.element_ty)
+                mean = (acc * (1.0 / total)[:, None]).to(part_ptr.dtype.element_ty)
                 tl.store(part_ptr + (here + part * BM)[:, None] * D + d[None, :], mean, mask=real)
-                tl.store(stat_ptr + 2 * (here + part * BM), peak)
+                tl.store(stat_ptr + 2 * (here + part * BM), peak * scale)
                 tl.store(stat_ptr + 2 * (here + part * BM) + 1, total)
                 # Every thread's stores, before the one thread that counts.
                 tl.debug_barrier()
@@ -143,7 +171,7 @@ def _step_kernel(  # noqa: PLR0915
         if done:
             tl.store(
                 out_ptr + token[:, None] * stride_on + q_head[:, None] * D + d[None, :],
-                (acc / total[:, None]).to(out_ptr.dtype.element_ty),
+                (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
                 mask=real,
             )
 
@@ -162,14 +190,17 @@ class StepScratch:
     counts: torch.Tensor
 
     @classmethod
-    def make(cls, rows: int, heads: int, kv_heads: int, width: int, query: torch.Tensor) -> StepScratch:
-        """For so many rows of up to ``width`` tokens, and queries like ``query [..., D]``."""
+    def make(
+        cls, rows: int, heads: int, kv_heads: int, width: int, query: torch.Tensor, *, long: bool = True
+    ) -> StepScratch:
+        """For so many rows of up to ``width`` tokens, and queries like ``query [..., D]``. ``long``: of some
+        prefixes of many hundreds of tokens, of which shares are made."""
         dim, device = query.shape[-1], query.device
         block, tiles = _query_tiles(width * heads // kv_heads)
         programs = rows * tiles * kv_heads
         # As many programs as run together, and no more: shares cost something to put together.
-        room = _PROGRAMS_TIMES_DIM / dim * _processors(device)
-        splits = max(1, min(_MOST_SPLITS, round(room / programs)))
+        splits, room = (_MOST_SPLITS, _PROGRAMS_TIMES_DIM) if long else (_MOST_SPLITS // 2, _PROGRAMS_TIMES_DIM / 2)
+        splits = max(1, min(splits, round(room / dim * _processors(device) / programs)))
         places = programs * splits * block if splits > 1 else 1
         return cls(
             splits,
@@ -243,6 +274,8 @@ def step_attention(
     if rotation is not None:
         cos, sin, q_norm, k_norm = rotation.cos, rotation.sin, rotation.q_norm, rotation.k_norm
         kept_keys, kept_values = rotation.kept_keys, rotation.kept_values
+    # Only among kernels that wait for each other: what comes before is then known to be done.
+    early = rotation is not None and launches_early(query.device)
     _step_kernel[(rows * tiles, kv_heads, scratch.splits)](
         query, keys, values, pool_keys, pool_values, tables, prefix_lens, starts, out,
         scratch.parts, scratch.stats, scratch.counts, cos, sin, q_norm, k_norm, kept_keys, kept_values,
@@ -250,10 +283,71 @@ def step_attention(
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         pool_keys.stride(0), pool_keys.stride(1), tables.stride(0), out.stride(0),
         G=heads // kv_heads, D=dim, SIZE=size, TILE=max(_TILE, size), BM=block, TILES_M=tiles, SPLITS=scratch.splits,
-        WIDTH=0 if starts is not None else width, ROTATE=rotation is not None, NORM=q_norm is not None,
+        LEAST=_LEAST, WIDTH=0 if starts is not None else width, OWN=max(16, triton.next_power_of_2(width)),
+        ROTATE=rotation is not None, NORM=q_norm is not None, LINE=min(dim, 128 // query.element_size()), EARLY=early,
         num_warps=_WARPS, num_stages=_STAGES,
+        **(launch_options(query.device) if early else {}),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr, position_ptr, block_ptr, offset_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, pool_k_ptr, pool_v_ptr, eps,
+    stride_pb, stride_ph,
+    HEADS: tl.constexpr, KV: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program per token."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, D // 2)[None, :]
+    angle = tl.load(position_ptr + token) * (D // 2) + h
+    cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
+    own = x_ptr + token * (HEADS + 2 * KV) * D
+    head = tl.arange(0, BH)[:, None]
+    at, real = own + head * D, head < HEADS
+    q_1, q_2 = _halves(at, q_norm_ptr, cos, sin, real, eps, D, True, NORM)
+    tl.store(at + h, q_1, mask=real)
+    tl.store(at + D // 2 + h, q_2, mask=real)
+    head = tl.arange(0, BV)[:, None]
+    at, real = own + (HEADS + head) * D, head < KV
+    k_1, k_2 = _halves(at, k_norm_ptr, cos, sin, real, eps, D, True, NORM)
+    tl.store(at + h, k_1, mask=real)
+    tl.store(at + D // 2 + h, k_2, mask=real)
+    d = tl.arange(0, D)[None, :]
+    to = tl.load(block_ptr + token).to(tl.int64) * stride_pb + head * stride_ph + tl.load(offset_ptr + token) * D
+    tl.store(pool_k_ptr + to + h, k_1, mask=real)
+    tl.store(pool_k_ptr + to + D // 2 + h, k_2, mask=real)
+    tl.store(pool_v_ptr + to + d, tl.load(own + (HEADS + KV + head) * D + d, mask=real), mask=real)
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    heads: int,
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    offsets: torch.Tensor,
+    pool_keys: torch.Tensor,
+    pool_values: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    eps: float,
+) -> None:
+    """Rotate the queries and keys of raw products ``qkv [N, heads + 2 kv_heads, D]`` in place (after the norms of
+    heads, for Qwen3), and write keys and values to place ``offsets[N]`` of block ``blocks[N]`` of the pool.
+    ``cos``/``sin [context, D / 2]`` float32."""
+    tokens, total, dim = qkv.shape
+    kv_heads = (total - heads) // 2
+    _rotate_kernel[(tokens,)](
+        qkv, positions, blocks, offsets, cos, sin, *norms, pool_keys, pool_values, eps,
+        pool_keys.stride(0), pool_keys.stride(1),
+        HEADS=heads, KV=kv_heads, BH=triton.next_power_of_2(heads), BV=triton.next_power_of_2(kv_heads), D=dim,
+        NORM=norms[0] is not None, EARLY=launches_early(qkv.device), num_warps=2, **launch_options(qkv.device),
+    )  # fmt: skip
 
 
 @triton.jit

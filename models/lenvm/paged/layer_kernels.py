@@ -1,21 +1,247 @@
-"""Triton kernels of what stands between the products of a decoder layer.
+"""Triton kernels of a decoder layer over the tokens of a step: products with what stands before and after them.
 
-A step of a few hundred tokens is over in a millisecond: a norm or an activation of the compiler's, made for any shape,
-then takes as long as a product. These read and write each number once.
+A step of a few hundred tokens is over in a millisecond: a kernel then takes some microseconds however little it does,
+so that norms, activations and residual sums are done where their numbers pass by. RMSNorm is in two places: who writes
+the residual stream scales it by the norm's weight and notes each row's sum of squares (one number for each tile of its
+columns); who multiplies divides its result by the row's root mean square.
+
+Each kernel may be launched before the one in front of it is done (programmatic dependent launch, on Hopper and later).
+It waits for that one before it reads or writes what any kernel makes, and only then lets the next one come: so that
+what is there two kernels earlier, and all weights and prefixes, may be fetched into the cache while it waits.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["add_norm", "head_numbers", "silu_product"]
+__all__ = [
+    "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
+    "launches_early", "product", "product_onto", "silu_product", "tiling",
+]  # fmt: skip
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one in front of it is done."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a launch that may come early."""
+    return {"launch_pdl": True} if launches_early(device) else {}
 
 
 @triton.jit
-def _add_norm_kernel(x_ptr, delta_ptr, norm_ptr, out_ptr, K, eps, ADD: tl.constexpr, BK: tl.constexpr):
+def fetch(pointers):
+    """Bring the cache lines of these addresses into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64, bitcast=True)], tl.int32, False, 1
+    )
+
+
+class Stream(NamedTuple):
+    """The residual stream of ``N`` tokens: itself, itself times the weight of the norm that comes next, and for each
+    token the sums of squares of some columns each. ``[N, H]``, ``[N, H]``, float32 ``[parts, N]``."""
+
+    hidden: torch.Tensor
+    scaled: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def make(cls, tokens: int, width: int, parts: int, like: torch.Tensor) -> Stream:
+        """Room for it."""
+        hidden, scaled = (torch.empty(tokens, width, dtype=like.dtype, device=like.device) for _ in range(2))
+        return cls(hidden, scaled, torch.empty(parts, tokens, dtype=torch.float32, device=like.device))
+
+
+class Tiling(NamedTuple):
+    """How a product is cut: rows, columns and depth of a tile; warps; loads under way."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def tiling(tokens: int, columns: int, *, gated: bool = False) -> Tiling:
+    """For so many tokens and columns of the result: measured on an H100."""
+    if gated and tokens >= 256:
+        return Tiling(128, 64, 64, 4, 4)
+    rows = 64 if tokens > 32 else 32 if tokens > 16 else 16
+    wide = 64
+    # With few tokens the weights are what takes time: more processors read them faster.
+    while wide > 16 and triton.cdiv(columns, wide) * triton.cdiv(tokens, rows) < 64:
+        wide //= 2
+    return Tiling(rows, wide, 64, 4, 4)
+
+
+@triton.jit
+def _embed_kernel(id_ptr, table_ptr, norm_ptr, hidden_ptr, scaled_ptr, sum_ptr, K, M, BK: tl.constexpr,
+                  PARTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One program per token."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BK)
+    real = k < K
+    x = tl.load(table_ptr + tl.load(id_ptr + row).to(tl.int64) * K + k, mask=real, other=0.0)
+    tl.store(hidden_ptr + row * K + k, x, mask=real)
+    x = x.to(tl.float32)
+    scaled = x * tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + row * K + k, scaled.to(scaled_ptr.dtype.element_ty), mask=real)
+    for part in tl.static_range(PARTS):
+        tl.store(sum_ptr + part * M + row, tl.sum(x * x, 0) if part == 0 else 0.0)
+
+
+def embed(ids: torch.Tensor, table: torch.Tensor, norm: torch.Tensor, stream: Stream) -> None:
+    """Fill the stream with the rows ``ids [N]`` of ``table [V, H]``."""
+    tokens, width = stream.hidden.shape
+    _embed_kernel[(tokens,)](
+        ids, table, norm, *stream, width, tokens, BK=triton.next_power_of_2(width), PARTS=len(stream.sums),
+        EARLY=launches_early(table.device), num_warps=4, **launch_options(table.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _product_kernel(
+    x_ptr, sum_ptr, w_ptr, bias_ptr, out_ptr, scaled_ptr, norm_ptr, new_sum_ptr, M, eps,
+    N: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_M: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program per (tile of columns, tile of tokens). ``KIND``: 0 a plain product, 1 two of them and silu(one) x
+    other, 2 added to the residual stream ``out``."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    # Rows and columns past the end are read as the first ones and never written: loads need no mask for them.
+    m_in = m if EVEN_M else tl.where(m < M, m, 0)
+    n_in = n if N % BN == 0 else tl.where(n < N, n, 0)
+    real = (m < M)[:, None] & (n < N)[None, :]
+    if EARLY:
+        # The programs that read the same weights fetch a share of them each.
+        line = tl.arange(0, LINES)
+        mine = (line % tl.num_programs(1) == tl.program_id(1)) & (line * LINE < K)
+        first = w_ptr + n_in[:, None] * K
+        fetch(first + tl.where(mine, line * LINE, 0)[None, :])
+        if KIND == 1:
+            fetch(first + N * K + tl.where(mine, line * LINE, 0)[None, :])
+        gdc_wait()
+        gdc_launch_dependents()
+    scale = tl.full([BM], 1.0, tl.float32)
+    if PARTS > 0:
+        part = tl.arange(0, BP)
+        squares = tl.load(sum_ptr + part[:, None] * M + m_in[None, :], mask=(part < PARTS)[:, None], other=0.0)
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    x_at = x_ptr + m_in[:, None] * K + k[None, :]
+    w_at = w_ptr + n_in[None, :] * K + k[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
+    other = tl.zeros([BM, BN], tl.float32)
+    for step in range(0, K, BK):
+        if K % BK == 0:
+            x = tl.load(x_at + step)
+            w = tl.load(w_at + step)
+        else:
+            x = tl.load(x_at + step, mask=(step + k < K)[None, :], other=0.0)
+            w = tl.load(w_at + step, mask=(step + k < K)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if KIND == 1:
+            if K % BK == 0:
+                w = tl.load(w_at + N * K + step)
+            else:
+                w = tl.load(w_at + N * K + step, mask=(step + k < K)[:, None], other=0.0)
+            other = tl.dot(x, w, other, input_precision="ieee")
+    acc = acc * scale[:, None]
+    at = m_in[:, None] * N + n_in[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + n_in).to(tl.float32)[None, :]
+    if KIND == 1:
+        acc = acc / (1.0 + tl.exp(-acc)) * (other * scale[:, None])
+    if KIND == 2:
+        # Rounded as a residual stream in this precision is: the norm reads what the next layer will read.
+        total = (acc + tl.load(out_ptr + at, mask=real, other=0.0).to(tl.float32)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, total, mask=real)
+        acc = tl.where(real, total.to(tl.float32), 0.0)
+        tl.store(new_sum_ptr + tl.program_id(0) * M + m, tl.sum(acc * acc, 1), mask=m < M)
+        acc = acc * tl.load(norm_ptr + n_in).to(tl.float32)[None, :]
+        tl.store(scaled_ptr + at, acc.to(scaled_ptr.dtype.element_ty), mask=real)
+    else:
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=real)
+
+
+def _multiply(
+    x: torch.Tensor,
+    sums: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    scaled: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    new_sums: torch.Tensor | None,
+    kind: int,
+    eps: float,
+    cut: Tiling,
+) -> None:
+    tokens, depth = x.shape
+    columns = out.shape[1]
+    parts = 0 if sums is None else len(sums)
+    line = 128 // x.element_size()
+    _product_kernel[(triton.cdiv(columns, cut.columns), triton.cdiv(tokens, cut.rows))](
+        x, sums, weight, bias, out, scaled, norm, new_sums, tokens, eps,
+        N=columns, K=depth, LINES=triton.next_power_of_2(triton.cdiv(depth, line)), LINE=line,
+        PARTS=parts, BP=triton.next_power_of_2(max(1, parts)), KIND=kind, BIAS=bias is not None,
+        BM=cut.rows, BN=cut.columns, BK=cut.depth, EVEN_M=tokens % cut.rows == 0, EARLY=launches_early(x.device),
+        num_warps=cut.warps, num_stages=cut.stages, **launch_options(x.device),
+    )  # fmt: skip
+
+
+def product(
+    stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, cut: Tiling | None = None
+) -> torch.Tensor:
+    """The normed stream times ``weight [O, H]``, and ``bias [O]``: ``[N, O]``."""
+    tokens = len(stream.scaled)
+    out = torch.empty(tokens, len(weight), dtype=weight.dtype, device=weight.device)
+    cut = cut or tiling(tokens, len(weight))
+    _multiply(stream.scaled, stream.sums, weight, bias, out, None, None, None, 0, eps, cut)
+    return out
+
+
+def gated_product(stream: Stream, weight: torch.Tensor, eps: float, cut: Tiling | None = None) -> torch.Tensor:
+    """``silu(x G') x (x U')`` of the normed stream x and ``weight [2 I, H]``, G before U: ``[N, I]``."""
+    tokens = len(stream.scaled)
+    inner = len(weight) // 2
+    out = torch.empty(tokens, inner, dtype=weight.dtype, device=weight.device)
+    cut = cut or tiling(tokens, inner, gated=True)
+    _multiply(stream.scaled, stream.sums, weight, None, out, None, None, None, 1, eps, cut)
+    return out
+
+
+def product_onto(
+    stream: Stream, x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor, cut: Tiling | None = None
+) -> Stream:
+    """Add ``x [N, I]`` times ``weight [H, I]`` to the stream, in place; ``norm [H]`` is of the norm that comes next."""
+    cut = cut or tiling(len(x), len(weight))
+    parts = triton.cdiv(len(weight), cut.columns)
+    made = Stream(stream.hidden, stream.scaled, torch.empty(parts, len(x), dtype=torch.float32, device=x.device))
+    _multiply(x, None, weight, None, stream.hidden, stream.scaled, norm, made.sums, 2, 0.0, cut)
+    return made
+
+
+@triton.jit
+def _add_norm_kernel(x_ptr, delta_ptr, norm_ptr, out_ptr, K, eps, ADD: tl.constexpr, BK: tl.constexpr,
+                     EARLY: tl.constexpr):  # fmt: skip
+    """One program per token."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     k = tl.arange(0, BK)
     at = tl.program_id(0).to(tl.int64) * K + k
     real = k < K
@@ -34,15 +260,18 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Ten
     out = torch.empty_like(hidden)
     tokens, width = hidden.shape
     _add_norm_kernel[(tokens,)](
-        hidden, delta, weight, out, width, eps,
-        ADD=delta is not None, BK=triton.next_power_of_2(width), num_warps=4,
+        hidden, delta, weight, out, width, eps, ADD=delta is not None, BK=triton.next_power_of_2(width),
+        EARLY=launches_early(hidden.device), num_warps=4, **launch_options(hidden.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _silu_kernel(x_ptr, out_ptr, INNER, BN: tl.constexpr):
+def _silu_kernel(x_ptr, out_ptr, INNER, BN: tl.constexpr, EARLY: tl.constexpr):
     """One program per (tile of the inner width, token)."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     real = n < INNER
@@ -56,44 +285,51 @@ def silu_product(both: torch.Tensor) -> torch.Tensor:
     tokens, inner = both.shape[0], both.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=both.dtype, device=both.device)
     bn = min(2048, triton.next_power_of_2(inner))
-    _silu_kernel[(triton.cdiv(inner, bn), tokens)](both, out, inner, BN=bn, num_warps=4)
+    _silu_kernel[(triton.cdiv(inner, bn), tokens)](
+        both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
+    )
     return out
 
 
 @triton.jit
-def _head_silu_kernel(x_ptr, bias_ptr, out_ptr, WIDTH, PARTS: tl.constexpr, BK: tl.constexpr):
-    """One program per token."""
-    row = tl.program_id(0)
-    k = tl.arange(0, BK)
-    real = k < WIDTH
-    x = tl.load(bias_ptr + k, mask=real, other=0.0)
-    for part in tl.static_range(PARTS):
-        x += tl.load(x_ptr + (row * PARTS + part) * WIDTH + k, mask=real, other=0.0)
-    tl.store(out_ptr + row * WIDTH + k, x / (1.0 + tl.exp(-x)), mask=real)
-
-
-@triton.jit
-def _head_out_kernel(x_ptr, bias_ptr, out_ptr, COUNT, BC: tl.constexpr):
-    """One program per token."""
-    at = tl.program_id(0) * COUNT
+def _head_kernel(
+    x_ptr, first_bias_ptr, w_ptr, bias_ptr, out_ptr, M, WIDTH: tl.constexpr, COUNT: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of tokens."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
-    real = c < COUNT
-    x = tl.load(x_ptr + at + c, mask=real, other=0.0) + tl.load(bias_ptr + c, mask=real, other=0.0)
+    acc = tl.zeros([BM, BC], tl.float32)
+    for step in range(0, WIDTH, BK):
+        k = step + tl.arange(0, BK)
+        real = (m < M)[:, None] & (k < WIDTH)[None, :]
+        x = tl.zeros([BM, BK], tl.float32) + tl.load(first_bias_ptr + k, mask=k < WIDTH, other=0.0)[None, :]
+        for part in tl.static_range(PARTS):
+            x += tl.load(x_ptr + (m[:, None] * PARTS + part) * WIDTH + k[None, :], mask=real, other=0.0)
+        w = tl.load(
+            w_ptr + c[None, :] * WIDTH + k[:, None], mask=(c < COUNT)[None, :] & (k < WIDTH)[:, None], other=0.0
+        )
+        acc = tl.dot(x / (1.0 + tl.exp(-x)), w, acc, input_precision="tf32x3")
+    acc += tl.load(bias_ptr + c, mask=c < COUNT, other=0.0)[None, :]
     # The value logit stays as it is; the rest become log-probabilities.
-    bins = tl.where(real & (c > 0), x, float("-inf"))
-    peak = tl.max(bins, 0)
-    norm = peak + tl.log(tl.sum(tl.exp(bins - peak), 0))
-    tl.store(out_ptr + at + c, tl.where(c > 0, x - norm, x).to(out_ptr.dtype.element_ty), mask=real)
+    bins = tl.where(((c < COUNT) & (c > 0))[None, :], acc, float("-inf"))
+    peak = tl.max(bins, 1)
+    norm = peak + tl.log(tl.sum(tl.exp(bins - peak[:, None]), 1))
+    acc = tl.where((c > 0)[None, :], acc - norm[:, None], acc)
+    tl.store(out_ptr + m[:, None] * COUNT + c[None, :], acc, mask=(m < M)[:, None] & (c < COUNT)[None, :])
 
 
 def head_numbers(
     first: torch.Tensor, first_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor
 ) -> None:
     """The value head from its first product on, in float32: ``first [N, parts x width]`` (summed over the parts),
-    ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``, of any precision."""
+    ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``."""
     tokens, (count, width) = len(first), weight.shape
-    hidden = torch.empty(tokens, width, dtype=torch.float32, device=first.device)
-    parts, padded = first.shape[1] // width, triton.next_power_of_2(width)
-    _head_silu_kernel[(tokens,)](first, first_bias, hidden, width, PARTS=parts, BK=padded, num_warps=4)
-    scores = hidden @ weight.t()
-    _head_out_kernel[(tokens,)](scores, bias, out, count, BC=triton.next_power_of_2(count), num_warps=1)
+    _head_kernel[(triton.cdiv(tokens, 16),)](
+        first, first_bias, weight, bias, out, tokens, WIDTH=width, COUNT=count, PARTS=first.shape[1] // width,
+        BM=16, BK=min(64, max(16, triton.next_power_of_2(width))), BC=max(16, triton.next_power_of_2(count)),
+        EARLY=launches_early(first.device), num_warps=4, num_stages=3, **launch_options(first.device),
+    )  # fmt: skip

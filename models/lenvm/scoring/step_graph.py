@@ -7,6 +7,7 @@ rounded up to buckets, each with a graph of its own that is captured when it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ __all__ = ["NO_PROMOTION", "GraphError", "StepGraphs", "StepNumbers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
+_SHORT = 1024  # tokens of a prefix that fewer programs read faster than more, which must put their shares together
 NO_PROMOTION = (0, 0, 0, 0, 0)
 
 
@@ -39,13 +41,12 @@ class StepNumbers:
     numbers: NDArray[np.float64]
     kept: torch.Tensor
     width: int
-    graph: _StepGraph
+    done: torch.cuda.Event | None
 
     def wait(self) -> None:
         """Until the numbers are there."""
-        if self.graph.done is not None:
-            self.graph.done.synchronize()
-        np.copyto(self.numbers.reshape(len(self.graph.host_numbers), -1), self.graph.host_numbers)
+        if self.done is not None:
+            self.done.synchronize()
 
 
 class StepGraphs:
@@ -54,7 +55,7 @@ class StepGraphs:
     def __init__(self, model: LengthValueModel, pool: BlockPool, layers: StepLayers) -> None:
         self.model, self.pool, self.layers = model, pool, layers
         self.head = StepHead(model.head, model.dtype)
-        self._graphs: dict[tuple[int, int], _StepGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], _StepGraph] = {}
 
     @staticmethod
     def fits(rows: int, width: int) -> bool:
@@ -79,10 +80,11 @@ class StepGraphs:
         """
         rows = next(size for size in _ROWS if size >= len(lengths))
         width = next(size for size in _WIDTHS if size >= max(map(len, candidates)))
-        graph = self._graphs.get((rows, width))
+        long = max(lengths) > _SHORT
+        graph = self._graphs.get((rows, width, long))
         if graph is None:
             try:
-                graph = self._graphs[rows, width] = _StepGraph(self, rows, width)
+                graph = self._graphs[rows, width, long] = _StepGraph(self, rows, width, long=long)
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -93,23 +95,27 @@ class StepGraphs:
 class _StepGraph:
     """Static buffers for ``rows`` rows of ``width`` candidates and the step that reads and fills them."""
 
-    def __init__(self, steps: StepGraphs, rows: int, width: int) -> None:
-        self.steps, self.rows, self.width = steps, rows, width
+    def __init__(self, steps: StepGraphs, rows: int, width: int, *, long: bool) -> None:
+        self.steps, self.rows, self.width, self.long = steps, rows, width, long
         pool = self.pool = steps.pool
         device, on_gpu = pool.device, pool.device.type == "cuda"
         columns = pool.blocks_for(steps.model.context)
-        # One buffer and one copy from the host: promotions (int64), then for each row the length of its prefix, its
-        # candidates and its blocks (int32).
-        sizes = (rows * 5 * 8, rows * (1 + width + columns) * 4)
+        # One buffer and one copy from the host: promotions (int64), then lengths of prefixes, candidates and blocks
+        # (int32), all rows of each together.
+        shapes = ((rows, 5), (rows,), (rows, width), (rows, columns))
+        sizes = [math.prod(shape) * (8 if index == 0 else 4) for index, shape in enumerate(shapes)]
         self.sent = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
         self.inputs = self.sent.to(device)
 
-        def views(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            first, second = buffer.split(sizes)
-            return first.view(torch.int64).view(rows, 5), second.view(torch.int32).view(rows, -1)
+        def views(buffer: torch.Tensor) -> list[torch.Tensor]:
+            parts = zip(buffer.split(sizes), shapes, strict=True)
+            return [
+                part.view(torch.int32 if index else torch.int64).view(shape)
+                for index, (part, shape) in enumerate(parts)
+            ]
 
-        self.promotions, self.table = views(self.inputs)
-        self.host_promotions, self.host = (part.numpy() for part in views(self.sent))
+        self.promotions, self.lengths, self.ids, self.tables = views(self.inputs)
+        self.host_promotions, self.host_lengths, self.host_ids, self.host_tables = (x.numpy() for x in views(self.sent))
         self.written: list[Sequence[int]] = [()] * rows  # the blocks that stand in the host's buffer
         shape = pool.shape
         self.kept = torch.zeros(
@@ -118,19 +124,15 @@ class _StepGraph:
         numbers = steps.model.head.output.out_features
         self.numbers = torch.zeros(rows * width, numbers, dtype=torch.float64, device=device)
         self.step = captured(self._step) if on_gpu else self._step
-        if not on_gpu:
-            self._step()
-        self.received = torch.empty(self.numbers.shape, dtype=self.numbers.dtype, pin_memory=on_gpu)
-        self.host_numbers: NDArray[np.float64] = self.received.numpy()
         self.done = torch.cuda.Event() if on_gpu else None
 
     def _step(self) -> None:
         from lenvm.paged.kernels import promote_tokens
 
+        self.inputs.copy_(self.sent, non_blocking=True)
         promote_tokens(self.promotions, *self.pool.stacked)
-        lengths, first = self.table[:, 0].contiguous(), 1 + self.width
-        ids = self.table[:, 1:first].reshape(-1)
-        hidden = self.steps.layers(ids, lengths, self.table[:, first:], self.pool, self.kept)
+        layers, kept = self.steps.layers, self.kept
+        hidden = layers(self.ids.view(-1), self.lengths, self.tables, self.pool, kept, long=self.long)
         self.steps.head(hidden, self.numbers)
 
     def launch(
@@ -142,27 +144,27 @@ class _StepGraph:
         promotions: Sequence[tuple[int, int, int, int, int]],
     ) -> StepNumbers:
         """See :meth:`StepGraphs.launch`. Rows that nobody asked for have no prefix."""
-        host, count, first, width = self.host, len(lengths), 1 + self.width, len(candidates[0])
-        host[:count, 0] = lengths
-        host[count:, 0] = 0
+        count, width, on_gpu = len(lengths), len(candidates[0]), self.done is not None
+        self.host_lengths[:count] = lengths
+        self.host_lengths[count:] = 0
         self.host_promotions[:count] = promotions
         self.host_promotions[count:] = 0
         if all(len(its) == width for its in candidates):
-            host[:count, 1 : 1 + width] = ids.reshape(count, width)
+            self.host_ids[:count, :width] = ids.reshape(count, width)
         else:
             for row, its in enumerate(candidates):
-                host[row, 1 : 1 + len(its)] = its
+                self.host_ids[row, : len(its)] = its
         for row, own in enumerate(blocks):
             # States of one sequence share the list until they need one more block.
             if self.written[row] is not own:
-                host[row, first : first + len(own)] = own
+                self.host_tables[row, : len(own)] = own
                 self.written[row] = own
-        self.inputs.copy_(self.sent, non_blocking=True)
         self.step()
-        self.received.copy_(self.numbers, non_blocking=True)
+        # Memory of its own for each step, which its states keep as long as they like: the host copies nothing.
+        received = torch.empty(self.rows, self.width, self.numbers.shape[-1], dtype=torch.float64, pin_memory=on_gpu)
+        received.view(self.numbers.shape).copy_(self.numbers, non_blocking=True)
         if self.done is not None:
             self.done.record()
         # The next replay fills the buffer anew, and states keep what they were scored with. Nobody waits for this.
         kept = self.kept.clone()
-        numbers = np.empty((self.rows, self.width, self.host_numbers.shape[-1]))
-        return StepNumbers(numbers, kept, self.width, self)
+        return StepNumbers(received.numpy(), kept, self.width, self.done)

@@ -1,18 +1,24 @@
-"""A decoder's layers over the candidates of a step: five kernels and four products a layer, nothing compiled."""
+"""A decoder's layers over the candidates of a step: five kernels a layer for a small model, nothing compiled."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import embedding, linear
 
-from lenvm.fused import FusedWeights
+from lenvm.fused import FusedWeights, Weights
 from lenvm.modeling import ValueHead
 from lenvm.paged import BlockPool
+from lenvm.paged.attention import Plan, fresh_attention
 
 __all__ = ["StepHead", "StepLayers"]
 
+Attend: TypeAlias = Callable[[int, Weights, torch.Tensor], torch.Tensor]  # layer, its weights, raw products -> mixed
+
+# Multiplications of one half of a gated product up to which our own kernels beat the library's.
+_SMALL = 2 << 30
 _PLAIN_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not hang on how long the sequence is
 
 
@@ -43,33 +49,90 @@ class StepLayers:
         )
 
     def __call__(
-        self, ids: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor, pool: BlockPool, kept: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        pool: BlockPool,
+        kept: torch.Tensor,
+        *,
+        long: bool = True,
     ) -> torch.Tensor:
         """``ids [rows x width]`` after prefixes of ``lengths [rows]`` tokens in blocks ``tables [rows, blocks]`` ->
         ``[rows x width, hidden]``. Fills ``kept [2, layers, rows x width, kv_heads, head_dim]`` with the candidates'
-        keys and values."""
+        keys and values. ``long``: some prefixes are many hundreds of tokens."""
         from lenvm.paged.kernels import Rotation, StepScratch, step_attention
-        from lenvm.paged.layer_kernels import add_norm, silu_product
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
-        heads, kv_heads, dim, eps = spec.heads, spec.kv_heads, spec.head_dim, spec.eps
-        hidden = embedding(ids, self.fused.embedding)
+        heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
         scratch: StepScratch | None = None
-        delta: torch.Tensor | None = None
-        for layer, w in enumerate(self.fused.layers):
-            qkv = linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"])
+
+        def attend(layer: int, w: Weights, qkv: torch.Tensor) -> torch.Tensor:
+            nonlocal scratch
             query, keys, values = qkv.view(tokens, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
             if scratch is None:
-                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query)
-            rotation = Rotation(self.cos, self.sin, w["q_norm"], w["k_norm"], eps, kept[0, layer], kept[1, layer])
-            mixed = step_attention(
+                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query, long=long)
+            rotation = Rotation(self.cos, self.sin, w["q_norm"], w["k_norm"], spec.eps, kept[0, layer], kept[1, layer])
+            return step_attention(
                 query, keys, values, pool.keys[layer], pool.values[layer], tables, lengths, None, tokens // rows,
                 spec.scaling, scratch, rotation,
-            )  # fmt: skip
-            hidden.addmm_(mixed.view(tokens, -1), w["o"].t())
-            both = linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])
-            delta = linear(silu_product(both), w["down"])
+            ).view(tokens, -1)  # fmt: skip
+
+        gate_up = self.fused.stacks["gate_up"]
+        small = tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL
+        return self._small(ids, attend) if small else self._large(ids, attend)
+
+    def _small(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """By our own products: five kernels a layer."""
+        from lenvm.paged.layer_kernels import Stream, add_norm, embed, gated_product, product, product_onto
+
+        table, layers, eps = self.fused.embedding, self.fused.layers, self.fused.spec.eps
+        norms = [*(w["input_norm"] for w in layers), self.fused.norm]
+        stream = Stream.make(len(ids), table.shape[1], 1, table)
+        embed(ids, table, norms[0], stream)
+        for layer, w in enumerate(layers):
+            mixed = attend(layer, w, product(stream, w["qkv"], w["qkv_bias"], eps))
+            stream = product_onto(stream, mixed, w["o"], w["post_norm"])
+            stream = product_onto(stream, gated_product(stream, w["gate_up"], eps), w["down"], norms[layer + 1])
+        return add_norm(stream.hidden, None, self.fused.norm, eps)
+
+    def _large(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """By the library's products, which are faster where there is much to multiply."""
+        from lenvm.paged.layer_kernels import add_norm, silu_product
+
+        eps = self.fused.spec.eps
+        hidden = embedding(ids, self.fused.embedding)
+        delta: torch.Tensor | None = None
+        for layer, w in enumerate(self.fused.layers):
+            mixed = attend(layer, w, linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"]))
+            hidden.addmm_(mixed, w["o"].t())
+            delta = linear(silu_product(linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])), w["down"])
         return add_norm(hidden, delta, self.fused.norm, eps)
+
+    def prompts(self, plan: Plan) -> torch.Tensor:
+        """Last hidden states ``[N, hidden]`` of a plan of whole prompts (``fresh``), whose keys and values go into the
+        pool."""
+        from lenvm.paged.kernels import rotate_and_store
+        from lenvm.paged.layer_kernels import add_norm, silu_product
+
+        spec, starts = self.fused.spec, plan.starts.int()
+        assert plan.write_blocks is not None
+        assert plan.write_offsets is not None
+        hidden = embedding(plan.input_ids, self.fused.embedding)
+        delta: torch.Tensor | None = None
+        for layer, w in enumerate(self.fused.layers):
+            qkv = linear(add_norm(hidden, delta, w["input_norm"], spec.eps), w["qkv"], w["qkv_bias"])
+            qkv = qkv.view(len(hidden), -1, spec.head_dim)
+            rotate_and_store(
+                qkv, spec.heads, plan.positions, plan.write_blocks, plan.write_offsets, plan.pool.keys[layer],
+                plan.pool.values[layer], self.cos, self.sin, (w["q_norm"], w["k_norm"]), spec.eps,
+            )  # fmt: skip
+            query, keys, values = qkv.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+            mixed = fresh_attention(query, keys, values, starts, plan.width, spec.scaling)
+            hidden.addmm_(mixed.view(len(hidden), -1), w["o"].t())
+            both = linear(add_norm(hidden, None, w["post_norm"], spec.eps), w["gate_up"])
+            delta = linear(silu_product(both), w["down"])
+        return add_norm(hidden, delta, self.fused.norm, spec.eps)
 
 
 class StepHead:

@@ -200,6 +200,7 @@ class TorchScorer:
         self._pool_size = -(-pool_tokens // block_size) + 1, block_size
         self._decoder: StepDecoder | None = None
         self._steps: StepGraphs | None = None
+        self._device_graphs: list[Any] = []  # of lenvm.decoding.device_processor
 
     @property
     def pool(self) -> BlockPool:
@@ -229,6 +230,11 @@ class TorchScorer:
         fused = self._decoder.fused
         if fused is not None and StepLayers.suits(self.model.decoder, fused):
             self._steps = StepGraphs(self.model, self.pool, StepLayers(self.model.decoder, fused, self._context))
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decoding steps are CUDA graphs: on a GPU, for architectures whose layers we run ourselves."""
+        return self.pool is not None and self._steps is not None
 
     @property
     def gamma(self) -> float:
@@ -270,9 +276,9 @@ class TorchScorer:
             StateClosedError: a row's state was closed.
             PoolExhaustedError: the pool of prefix states is full. Nothing is left half done.
         """
-        self._compact()
         if (stepped := self._stepped(rows, meanwhile)) is not None:
             return stepped
+        self._compact()
         for row in rows:
             self.check(row)
         if meanwhile is not None:
@@ -454,6 +460,8 @@ class TorchScorer:
 
     def _hidden(self, plan: Plan) -> torch.Tensor:
         """Last hidden states ``[N, hidden]`` of a packed forward."""
+        if self._steps is not None and plan.fresh:
+            return self._steps.layers.prompts(plan)
         # One token alone would be compiled anew, which takes seconds.
         if self._decoder is not None and (plan.fresh or not plan.groups) and len(plan.input_ids) > 1:
             return self._decoder(plan.input_ids, plan.positions, plan)
@@ -513,6 +521,7 @@ class TorchScorer:
                 scored = before.scored
                 logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at]
             states.append(TorchState(own, length, logit, bins))
+        self._compact()
         answers = self._answers(states, candidates, step)
         self._count(len(ids))
         self.stats.promoted += len(chosen) - chosen.count(-1)
