@@ -7,7 +7,7 @@ fixed seeds and cut at ``--answer-tokens``. Compared at the prompt boundary, aft
 decoding steps with promotion (``lenvm.export.parity``): torch in bfloat16, on a GPU in float32 too, and every ONNX
 Runtime variant, all of them on ``--device``. Mean and largest error of the value, and of the horizon relative to the
 reference's. The report's key is ``parity``, or ``parity_cuda``. tests/integration enforce the limits on a few texts.
-``--texts FILE`` keeps the texts for another machine.
+``--texts FILE`` keeps the texts, and what the reference says of them, for another machine.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _engine import merge
 from cpu import answers
+from numpy.typing import NDArray
 
 from lenvm.backbones import encode_chat
 from lenvm.export import VARIANTS
@@ -34,18 +36,25 @@ from lenvm.scoring import OnnxModel, OnnxScorer, TorchScorer
 Text = tuple[Sequence[int], int]
 
 
+def reference(model: LengthValueModel, options: argparse.Namespace) -> tuple[list[Text], NDArray[np.float64]]:
+    """The texts, and the value logits of their states by torch in float32 on the CPU."""
+    if options.texts is not None and options.texts.exists():
+        kept = json.loads(options.texts.read_text())
+        return [(ids, length) for ids, length in kept["texts"]], np.array(kept["logits"])
+    texts = texts_of(model, options)
+    wanted = state_logits(TorchScorer(model), texts)
+    if options.texts is not None:
+        options.texts.write_text(json.dumps({"texts": texts, "logits": wanted.tolist()}))
+    return texts, wanted
+
+
 def texts_of(model: LengthValueModel, options: argparse.Namespace) -> list[Text]:
     """``(ids of prompt and answer, length of the prompt)``, prompts chosen by the digest of their ids."""
-    if options.texts is not None and options.texts.exists():
-        return [(ids, length) for ids, length in json.loads(options.texts.read_text())]
     prompts = [prompt for domain in DOMAINS for prompt in load_prompts(options.data, domain, "test")]
     short = [prompt for prompt in prompts if len(prompt.text) <= 4 * options.most_prompt]
     asked = [encode_chat(model.tokenizer, p.text) for p in select(short, options.prompts, seed=5)]
     sampled = answers(model, asked, options.answer_tokens)
-    texts = [([*ids, *found], len(ids)) for ids, found in zip(asked, sampled, strict=True)]
-    if options.texts is not None:
-        options.texts.write_text(json.dumps(texts))
-    return texts
+    return [([*ids, *found], len(ids)) for ids, found in zip(asked, sampled, strict=True)]
 
 
 def main() -> None:
@@ -63,10 +72,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = LengthValueModel.from_pretrained(options.model)
-    texts = texts_of(model, options)
+    texts, wanted = reference(model, options)
     tokens = sum(len(ids) for ids, _ in texts)
     print(f"{len(texts)} prompts and answers, {tokens:,} tokens", flush=True)
-    wanted = state_logits(TorchScorer(model), texts)
     rows: dict[str, Any] = {}
 
     def compared(name: str, scorer: Any, limits: tuple[float, float]) -> None:

@@ -254,9 +254,9 @@ def _twin(pool: BlockPool, model: Any) -> BlockPool:
     )
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None], pool: Any = None) -> Callable[[], None]:
     """Record ``step`` in a CUDA graph, after warm-up on a side stream, and return its replay. What other threads do on
-    the GPU meanwhile does not disturb it."""
+    the GPU meanwhile does not disturb it. ``pool``: memory that it shares with graphs that never run at its time."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -264,7 +264,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     replay: Callable[[], None] = graph.replay
     return replay

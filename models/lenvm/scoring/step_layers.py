@@ -11,7 +11,7 @@ from torch.nn.functional import embedding, linear
 from lenvm.fused import FusedWeights, Weights
 from lenvm.modeling import ValueHead
 from lenvm.paged import BlockPool
-from lenvm.paged.attention import Plan, fresh_attention
+from lenvm.paged.attention import fresh_attention
 
 __all__ = ["StepHead", "StepLayers"]
 
@@ -109,26 +109,33 @@ class StepLayers:
             delta = linear(silu_product(linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])), w["down"])
         return add_norm(hidden, delta, self.fused.norm, eps)
 
-    def prompts(self, plan: Plan) -> torch.Tensor:
-        """Last hidden states ``[N, hidden]`` of a plan of whole prompts (``fresh``), whose keys and values go into the
-        pool."""
+    def prompts(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        blocks: torch.Tensor,
+        offsets: torch.Tensor,
+        starts: torch.Tensor,
+        width: int,
+        pool: BlockPool,
+    ) -> torch.Tensor:
+        """Last hidden states ``[N, hidden]`` of whole prompts side by side: int64 ``[N]`` each, keys and values going
+        to ``offsets`` of ``blocks``; int32 ``starts [rows + 1]``, ``width`` the longest row."""
         from lenvm.paged.kernels import rotate_and_store
         from lenvm.paged.layer_kernels import add_norm, silu_product
 
-        spec, starts = self.fused.spec, plan.starts.int()
-        assert plan.write_blocks is not None
-        assert plan.write_offsets is not None
-        hidden = embedding(plan.input_ids, self.fused.embedding)
+        spec = self.fused.spec
+        hidden = embedding(ids, self.fused.embedding)
         delta: torch.Tensor | None = None
         for layer, w in enumerate(self.fused.layers):
             qkv = linear(add_norm(hidden, delta, w["input_norm"], spec.eps), w["qkv"], w["qkv_bias"])
             qkv = qkv.view(len(hidden), -1, spec.head_dim)
             rotate_and_store(
-                qkv, spec.heads, plan.positions, plan.write_blocks, plan.write_offsets, plan.pool.keys[layer],
-                plan.pool.values[layer], self.cos, self.sin, (w["q_norm"], w["k_norm"]), spec.eps,
+                qkv, spec.heads, positions, blocks, offsets, pool.keys[layer], pool.values[layer], self.cos, self.sin,
+                (w["q_norm"], w["k_norm"]), spec.eps,
             )  # fmt: skip
             query, keys, values = qkv.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
-            mixed = fresh_attention(query, keys, values, starts, plan.width, spec.scaling)
+            mixed = fresh_attention(query, keys, values, starts, width, spec.scaling)
             hidden.addmm_(mixed.view(len(hidden), -1), w["o"].t())
             both = linear(add_norm(hidden, None, w["post_norm"], spec.eps), w["gate_up"])
             delta = linear(silu_product(both), w["down"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
 
 if TYPE_CHECKING:
     from lenvm.decoding.step_decoder import StepDecoder
+    from lenvm.scoring.prompt_graph import PromptGraphs
     from lenvm.scoring.step_graph import StepGraphs, StepNumbers
 
 __all__ = ["TorchScorer", "TorchState"]
@@ -51,13 +53,13 @@ class _Capture:
         """The users that are still there."""
         return [user for reference in self.users if (user := reference()) is not None]
 
-    def source(self, index: int) -> tuple[int, int, int]:
-        """Addresses of a candidate's keys and values in the first layer, and elements from one layer to the next."""
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of the first candidate's keys and values in the first layer; bytes from one candidate to the next, and
+        elements from one layer to the next."""
         if self._addresses is None:
             keys, values = self.keys, self.values
             self._addresses = keys.data_ptr(), values.data_ptr(), keys.stride(1) * keys.itemsize, keys.stride(0)
-        first, second, token, layer = self._addresses
-        return first + index * token, second + index * token, layer
+        return self._addresses
 
     def compact(self, left: Sequence[_Scored]) -> None:
         """Keep the candidates of the users that are left."""
@@ -200,6 +202,7 @@ class TorchScorer:
         self._pool_size = -(-pool_tokens // block_size) + 1, block_size
         self._decoder: StepDecoder | None = None
         self._steps: StepGraphs | None = None
+        self._prompts: PromptGraphs | None = None
         self._device_graphs: list[Any] = []  # of lenvm.decoding.device_processor
 
     @property
@@ -223,18 +226,40 @@ class TorchScorer:
     def _use_fused(self, *, compiled: bool) -> None:
         """Run our own fused decoder, and decoding steps as graphs."""
         from lenvm.decoding.step_decoder import StepDecoder
+        from lenvm.scoring.prompt_graph import PromptGraphs
         from lenvm.scoring.step_graph import StepGraphs
         from lenvm.scoring.step_layers import StepLayers
 
         self._decoder = StepDecoder(self.model.decoder, compiled=compiled, dynamic=True)
         fused = self._decoder.fused
         if fused is not None and StepLayers.suits(self.model.decoder, fused):
-            self._steps = StepGraphs(self.model, self.pool, StepLayers(self.model.decoder, fused, self._context))
+            layers = StepLayers(self.model.decoder, fused, self._context)
+            self._steps = StepGraphs(self.model, self.pool, layers)
+            if self.model.device.type == "cuda":
+                self._prompts = PromptGraphs(layers, self.pool)
 
     @property
     def has_graphs(self) -> bool:
         """Whether decoding steps are CUDA graphs: on a GPU, for architectures whose layers we run ourselves."""
         return self.pool is not None and self._steps is not None
+
+    @torch.inference_mode()
+    def warm_up(self, tokens: int) -> None:
+        """Have ready what batches of prompts of up to so many tokens need, so that no request waits for it."""
+        if self.pool is not None and self._prompts is not None:
+            with self._recording():
+                self._prompts.record(tokens)
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Prompts go on without graphs where this GPU or driver would not record one."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _log.warning("prompts run without CUDA graphs, and slower: %s", error)
+            self._prompts = None
 
     @property
     def gamma(self) -> float:
@@ -460,8 +485,10 @@ class TorchScorer:
 
     def _hidden(self, plan: Plan) -> torch.Tensor:
         """Last hidden states ``[N, hidden]`` of a packed forward."""
-        if self._steps is not None and plan.fresh:
-            return self._steps.layers.prompts(plan)
+        if self._prompts is not None and plan.fresh:
+            with self._recording():
+                if (hidden := self._prompts(plan)) is not None:
+                    return hidden
         # One token alone would be compiled anew, which takes seconds.
         if self._decoder is not None and (plan.fresh or not plan.groups) and len(plan.input_ids) > 1:
             return self._decoder(plan.input_ids, plan.positions, plan)
@@ -478,33 +505,43 @@ class TorchScorer:
         widest = max(map(len, candidates), default=0)
         if steps is None or not steps.fits(len(rows), widest) or not all(map(len, candidates)):
             return None
-        ids = np.fromiter(chain.from_iterable(candidates), np.int64)
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
+        ids = np.fromiter(chain.from_iterable(candidates), np.int64, sum(map(len, candidates)))
+        if ids.view(np.uint64).max() >= self._vocab_size:  # negative ids are the largest then
             return None
         from lenvm.scoring.step_graph import NO_PROMOTION, GraphError
 
         copies: list[tuple[int, int]] = []
-        held, lengths, chosen, sources = [], [], [], []
+        held, lengths, chosen, sources = [], [], [], list[tuple[int, int, int, int, int]]()
+        size, capture = pool.block_size, None
         for row in rows:
             state, new = row.state, row.append
             # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
             if not isinstance(state, TorchState) or state.pool is not pool or (own := state.held) is None:
                 return None
-            length, scored, at, source = state.length, state.scored, -1, NO_PROMOTION
+            length, at = state.length, -1
             if len(new):
-                if len(new) > 1 or scored is None or row.values_from is not None or new[0] not in scored.ids:
+                scored = state.scored
+                if len(new) > 1 or scored is None or row.values_from is not None:
                     return None
-                at = scored.ids.index(new[0])
+                try:
+                    at = scored.ids.index(new[0])
+                except ValueError:
+                    return None
                 if not pool.advance(own.blocks, length):
                     own = _Held(pool, pool.fork(own.blocks, length, 1, copies))
-                source = (*scored.capture.source(scored.first + at), *pool.slot(own.blocks, length))
+                if scored.capture is not capture:
+                    capture = scored.capture
+                    keys, values, token, layer = capture.addresses()
+                skip = (scored.first + at) * token
+                sources.append((keys + skip, values + skip, layer, own.blocks[length // size], length % size))
                 length += 1
+            else:
+                sources.append(NO_PROMOTION)
             if length >= context:
                 return None
             held.append(own)
             lengths.append(length)
             chosen.append(at)
-            sources.append(source)
         pool.copy(copies)
         try:
             step = steps.launch([own.blocks for own in held], lengths, candidates, ids, sources)

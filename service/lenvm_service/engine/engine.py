@@ -320,6 +320,8 @@ class Engine:
         with LOADING:
             self._loaded = load_core(self.source, self.options, on_progress=lambda: self.batcher.beat())
         self.core.tracing = self._tracing
+        if (warm_up := getattr(self.core.scorer, "warm_up", None)) is not None:
+            warm_up(self.batcher.options.budget_tokens)
         self._canary()
         if self.options.tier is not None:
             self.tier = self._start_tier(self.options.tier)
