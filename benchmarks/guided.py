@@ -5,7 +5,7 @@
 The shipped model's backbone generates ``--sequences`` answers of ``--tokens`` tokens from random prompts, EOS kept out
 so that all rows last. *Loop*: ``generate`` of transformers under ``lenvm_client.drivers.hf``, over ``LocalScorer``
 (which on a GPU does all of a step there) and over a ``Client`` of a ``lenvm serve``, each guided and unguided with the
-same sampler. The ways take turns, and what is added is the difference of their medians, a step. ``step``: the scorer's
+same sampler. The ways take turns, and what is added is the difference of their medians from logits to the next forward. ``step``: the scorer's
 part of it, as ``benchmarks/step.py`` measures it. Beside them: plain ``generate``, eager and (``--compile``) with a
 compiled static cache; and our own sampler, unguided and guided.
 """
@@ -43,20 +43,36 @@ EARLY = 8  # steps at the start that are not counted
 
 
 class Clock(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
-    """Notes when each step's logits are there; every step waits for the device."""
+    """Notes when each step's logits are there, and when the next forward begins; both wait for the device. In between
+    stand guidance and the sampler, and not the backbone, whose forward of hundreds of launches takes milliseconds more
+    or less from one to the next."""
 
     def __init__(self) -> None:
-        self.at: list[float] = []
+        self.there: list[float] = []
+        self.next: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.at.append(time.perf_counter())
+        self.there.append(self._now(scores.device))
         return scores
 
+    def forward(self, module: torch.nn.Module, _: Any) -> None:
+        """Before a forward of the backbone."""
+        if self.there:
+            self.next.append(self._now(next(module.parameters()).device))
+
+    @staticmethod
+    def _now(device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def steps(self) -> list[float]:
-        """Milliseconds of each step after the first ones."""
-        return [1e3 * (after - before) for before, after in pairwise(self.at)][EARLY:]
+        """Milliseconds of each whole step after the first ones."""
+        return [1e3 * (after - before) for before, after in pairwise(self.there)][EARLY:]
+
+    def between(self) -> list[float]:
+        """Milliseconds from logits to the next forward, of each step after the first ones."""
+        return [1e3 * (after - before) for before, after in zip(self.there, self.next, strict=False)][EARLY:]
 
 
 class Loop:
@@ -65,9 +81,10 @@ class Loop:
     def __init__(self, model: Any, prompts: torch.Tensor, options: argparse.Namespace) -> None:
         self.model, self.prompts, self.options = model, prompts, options
 
-    def run(self, scorer: CandidateScorer, *, guided: bool) -> list[float]:
-        """Milliseconds of each step."""
+    def run(self, scorer: CandidateScorer, *, guided: bool) -> Clock:
+        """The times of each step."""
         clock, tokens = Clock(), self.options.tokens + EARLY
+        hook = self.model.register_forward_pre_hook(clock.forward)
         inputs = {"input_ids": self.prompts, "attention_mask": torch.ones_like(self.prompts)}
         _, report = generate(
             self.model,
@@ -83,22 +100,29 @@ class Loop:
             pad_token_id=0,
             logits_processor=[clock],
         )
+        hook.remove()
         if guided and report.guided_steps != len(self.prompts) * tokens:
             raise SystemExit(f"{report.guided_steps} steps of {len(self.prompts) * tokens} were guided")
-        return clock.steps()
+        return clock
 
 
 def loops(loop: Loop, scorers: dict[str, CandidateScorer], rounds: int) -> dict[str, dict[str, Any]]:
     """Step times of each way, ``unguided_`` before the name where nobody guides; whole answers take turns, the first
     round is thrown away."""
     ways = {f"{prefix}{name}": scorer for name, scorer in scorers.items() for prefix in ("unguided_", "")}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    clocks: dict[str, list[Clock]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        for name, kept in times.items():
-            found = loop.run(ways[name], guided=name in scorers)
+        for name, kept in clocks.items():
+            clock = loop.run(ways[name], guided=name in scorers)
             if turn:
-                kept += found
-    return {name: spread(values) for name, values in times.items()}
+                kept.append(clock)
+    return {
+        name: {
+            **spread([ms for clock in kept for ms in clock.steps()]),
+            "between": spread([ms for clock in kept for ms in clock.between()]),
+        }
+        for name, kept in clocks.items()
+    }
 
 
 def scorer_step(model: LengthValueModel, options: argparse.Namespace) -> dict[str, Any]:
@@ -219,7 +243,7 @@ def main() -> None:
             replica.stop()
     found["loop"] = ways
     for name in ("in_process", "loopback"):
-        found[f"added_ms_{name}"] = ways[name]["ms"] - ways[f"unguided_{name}"]["ms"]
+        found[f"added_ms_{name}"] = ways[name]["between"]["ms"] - ways[f"unguided_{name}"]["between"]["ms"]
     found["added_in_process_over_step"] = found["added_ms_in_process"] / step["ms"]
     found["added_floor_ratio"] = found["added_ms_in_process"] / floor
     merge(options.report, {"guided": found}, device)  # what follows is only for comparison
@@ -237,7 +261,8 @@ def main() -> None:
     table |= {f"generate, {name}": row for name, row in found["generate"].items() if row is not None}
     table |= {f"own sampler, {name}": row for name, row in found["sampler"].items()}
     for name, row in table.items():
-        print(f"{name:24} {row['ms']:8.2f} ms a step")
+        between = f", {row['between']['ms']:6.2f} from logits to the next forward" if "between" in row else ""
+        print(f"{name:24} {row['ms']:8.2f} ms a step{between}")
     print(
         f"guidance adds {found['added_ms_in_process']:.2f} ms in-process "
         f"({found['added_in_process_over_step']:.2f} x step, {found['added_floor_ratio']:.1f} x the floor), "
