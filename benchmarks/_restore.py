@@ -1,8 +1,8 @@
 """Restore against recompute: how long a prefix takes to compute, and how long to fetch, check and load.
 
 Needs neither a Redis nor anything of the service's HTTP side: where there is no redis-server, values come from this
-process's memory, and what a network would add is computed from an assumed one and named so. Figures of a report are
-drawn again by ``python benchmarks/_restore.py reports/resilience.json``.
+process's memory, and what a network would add is computed from an assumed one and named so. Figures of a report, and
+what follows from its curves, are made again by ``python benchmarks/_restore.py reports/resilience.json``.
 """
 
 from __future__ import annotations
@@ -116,11 +116,20 @@ def _measure(name: str, folder: Path, device: str, quick: bool) -> dict[str, Any
                 fetch.store(keys, values)
                 curves.setdefault("redis_ms", []).append(setup.restored(keys, lambda keys=keys: fetch.values(keys)))
     found = {"tokens": lengths, **curves, "block_bytes": setup.codec.block_bytes}
-    for way in ("memory", "network", "redis"):
-        if f"{way}_ms" in curves:
-            faster = [t for t, a, b in zip(lengths, curves[f"{way}_ms"], curves["compute_ms"], strict=True) if a < b]
-            found[f"{way}_is_faster_from_tokens"] = faster[0] if faster else None
-    return {**found, "dtype": str(dtype).removeprefix("torch.")}
+    return {**found, **faster(found), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def faster(curves: dict[str, Any]) -> dict[str, list[int]]:
+    """At which of the lengths restoring beats computing, each way: long prefixes where computing is slow, short ones
+    where it is a GPU's launches and little else."""
+    rows = list(zip(curves["tokens"], curves["compute_ms"], strict=True))
+    return {
+        f"{way}_is_faster_at_tokens": [
+            tokens for (tokens, computed), taken in zip(rows, curves[f"{way}_ms"], strict=True) if taken < computed
+        ]
+        for way in ("memory", "network", "redis")
+        if f"{way}_ms" in curves
+    }
 
 
 class _Redis:
@@ -196,7 +205,13 @@ def figure_path(device: str) -> Path:
 
 
 if __name__ == "__main__":
-    metrics = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["metrics"]
+    report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for part, device in (("break_even", "cpu"), ("break_even_cuda", "cuda")):
-        if part in metrics:
-            print(draw(metrics[part], figure_path(device)))
+        if part in report["metrics"]:
+            found = report["metrics"][part]
+            for name, curves in found.items():
+                if isinstance(curves, dict) and "tokens" in curves:
+                    kept = {key: value for key, value in curves.items() if "_is_faster_" not in key}
+                    found[name] = {**kept, **faster(curves)}
+            print(draw(found, figure_path(device)))
+    Path(sys.argv[1]).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -5,9 +5,9 @@
 The shipped model's backbone generates ``--sequences`` answers of ``--tokens`` tokens from random prompts, EOS kept out
 so that all rows last. *Loop*: ``generate`` of transformers under ``lenvm_client.drivers.hf``, over ``LocalScorer``
 (which on a GPU does all of a step there) and over a ``Client`` of a ``lenvm serve``, each guided and unguided with the
-same sampler. The ways take turns, and what is added is the difference of their medians from logits to the next forward. ``step``: the scorer's
-part of it, as ``benchmarks/step.py`` measures it. Beside them: plain ``generate``, eager and (``--compile``) with a
-compiled static cache; and our own sampler, unguided and guided.
+same sampler. The ways take turns, and what is added is the difference of their medians from logits to the next forward.
+``step``: the scorer's part of it, as ``benchmarks/step.py`` measures it. Beside them: plain ``generate``, eager and
+(``--compile``) with a compiled static cache; and our own sampler, unguided and guided.
 """
 
 from __future__ import annotations
