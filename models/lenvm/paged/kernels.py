@@ -318,7 +318,10 @@ def _rotate_kernel(
     tl.store(at + h, k_1, mask=real)
     tl.store(at + D // 2 + h, k_2, mask=real)
     d = tl.arange(0, D)[None, :]
-    to = tl.load(block_ptr + token).to(tl.int64) * stride_pb + head * stride_ph + tl.load(offset_ptr + token) * D
+    block = tl.load(block_ptr + token).to(tl.int64)
+    to = block * stride_pb + head * stride_ph + tl.load(offset_ptr + token) * D
+    # Block 0 is everybody's: what is read there has no weight, but 0 x NaN is NaN, and a padded token may be that.
+    real = real & (head * 0 + block > 0)
     tl.store(pool_k_ptr + to + h, k_1, mask=real)
     tl.store(pool_k_ptr + to + D // 2 + h, k_2, mask=real)
     tl.store(pool_v_ptr + to + d, tl.load(own + (HEADS + KV + head) * D + d, mask=real), mask=real)
@@ -338,8 +341,8 @@ def rotate_and_store(
     eps: float,
 ) -> None:
     """Rotate the queries and keys of raw products ``qkv [N, heads + 2 kv_heads, D]`` in place (after the norms of
-    heads, for Qwen3), and write keys and values to place ``offsets[N]`` of block ``blocks[N]`` of the pool.
-    ``cos``/``sin [context, D / 2]`` float32."""
+    heads, for Qwen3), and write keys and values to place ``offsets[N]`` of block ``blocks[N]`` (0: nowhere) of the
+    pool. ``cos``/``sin [context, D / 2]`` float32."""
     tokens, total, dim = qkv.shape
     kv_heads = (total - heads) // 2
     _rotate_kernel[(tokens,)](

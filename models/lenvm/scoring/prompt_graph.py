@@ -2,7 +2,7 @@
 keep the host busy for longer than they keep the GPU.
 
 Tokens, rows and the longest row are rounded up to buckets, each with a graph of its own; all share one memory pool.
-What pads the tokens is written to block 0, where nobody reads; what pads the rows is empty.
+What pads the tokens is written nowhere and belongs to no row; what pads the rows is empty.
 """
 
 from __future__ import annotations
