@@ -246,9 +246,14 @@ class TorchScorer:
     @torch.inference_mode()
     def warm_up(self, tokens: int) -> None:
         """Have ready what batches of prompts of up to so many tokens need, so that no request waits for it."""
-        if self.pool is not None and self._prompts is not None:
+        if self.pool is None or self._prompts is None:
+            return
+        try:
             with self._recording():
                 self._prompts.record(tokens)
+        except torch.OutOfMemoryError:
+            _log.warning("prompts run without CUDA graphs, and slower: the device has no memory left for them")
+            self._prompts = None
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
