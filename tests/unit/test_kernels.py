@@ -312,7 +312,7 @@ for options in (
     for each in (plain, device):
         found.append(
             generate(
-                model, each, inputs, objectives=objectives, top_k=6, max_new_tokens=14, eos_token_id=[2, 3],
+                model, each, inputs, objectives=objectives, top_k=6, max_new_tokens=11, eos_token_id=[2, 3],
                 pad_token_id=0, on_error="raise", **options,
             )
         )
@@ -330,7 +330,7 @@ assert len(scorer._device_graphs) == 2  # draws by itself or not
 tables = []
 for each in (plain, device):
     torch.manual_seed(3)
-    tables.append(generate(model, each, inputs, objectives=objectives, top_k=6, max_new_tokens=14, eos_token_id=[2, 3],
+    tables.append(generate(model, each, inputs, objectives=objectives, top_k=6, max_new_tokens=11, eos_token_id=[2, 3],
                            pad_token_id=0, on_error="raise", temperature=0.9))
 (a, one), (b, two) = tables
 assert torch.equal(a, b), (a, b)
@@ -376,7 +376,8 @@ def test_graphed_scoring_equals_the_plain_scorer(tiny_checkpoint: Path) -> None:
 
 
 def test_graphed_scoring_by_the_library_s_products(tiny_checkpoint: Path) -> None:
-    run("import lenvm.scoring.step_layers as layers\nlayers._SMALL = 0\n" + SCORER, str(tiny_checkpoint))
+    shorter = SCORER.replace("range(4)", "range(1)")
+    run("import lenvm.scoring.step_layers as layers\nlayers._SMALL = 0\n" + shorter, str(tiny_checkpoint))
 
 
 def test_generate_guided_on_the_device_equals_guided_by_the_host(tiny_backbone: Path, tiny_checkpoint: Path) -> None:
