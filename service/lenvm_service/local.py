@@ -79,7 +79,7 @@ class LocalScorer(JobScorer):
         """A logits processor for one ``generate`` of transformers that guides without a word from the host
         (``lenvm.decoding.device_processor.DeviceProcessor``, which says what ``settings`` are). None where the model
         does not run as CUDA graphs, for ``scale`` and targets in other units than tokens, and where prompts and answers
-        do not fit: then guidance goes step by step, and says what is wrong."""
+        do not fit, or no graph is recorded: then guidance goes step by step, and says what is wrong."""
         scorer: Any = self.core.scorer
         units = {(objective or {}).get("unit", "tokens") for objective in objectives}
         if (
@@ -88,6 +88,9 @@ class LocalScorer(JobScorer):
             or units != {"tokens"}
         ):
             return None
+        from torch import OutOfMemoryError
+
+        from lenvm.cuda_graph import GraphError
         from lenvm.decoding.device_processor import DeviceProcessor
         from lenvm.guides import ValueGuide
 
@@ -95,7 +98,7 @@ class LocalScorer(JobScorer):
             wanted = [None if objective is None else Objective.from_dict(objective) for objective in objectives]
             rules = ValueGuide(scorer, wanted).device_rules(scorer.pool.device)
             return None if rules is None else DeviceProcessor(scorer, rules, prompts, **settings)
-        except LenVMError:
+        except (LenVMError, GraphError, OutOfMemoryError):
             return None
 
 

@@ -293,22 +293,32 @@ def generate(
     generate_kwargs["eos_token_id"] = list(decoder.end_ids) or None
     if sampling:
         generate_kwargs |= {"temperature": temperature, "top_k": 0, **_WARPERS}
-    processors = list(generate_kwargs.pop("logits_processor", None) or ())
+    generate_kwargs["do_sample"] = sampling
     room = setting("max_new_tokens") or (setting("max_length") or 0) - ids.shape[1]
+    ahead = setting("assistant_model") or setting("prompt_lookup_num_tokens")  # tokens that may be taken back
     device = None
-    if beams == 1 and count == len(ids) and not processor._stops.criteria and text is None and room > 0:
+    if beams == 1 and count == len(ids) and not ending and not ahead and text is None and room > 0:
         device = processor.on_device(model.config.get_text_config().vocab_size, room)
-    generate_kwargs |= {
-        "do_sample": sampling,
-        "logits_processor": LogitsProcessorList([*processors, device or processor]),
-    }
+    return _run(model, given, generate_kwargs, processor, device, sampled=sampling)
+
+
+def _run(
+    model: Any,
+    given: Mapping[str, Any],
+    generate_kwargs: dict[str, Any],
+    processor: LenVMLogitsProcessor,
+    device: Any | None,
+    *,
+    sampled: bool,
+) -> tuple[Any, GuidanceReport]:
+    """``device``: does the processor's work where there is one."""
+    processors = [*(generate_kwargs.pop("logits_processor", None) or ()), device or processor]
     try:
-        output = model.generate(**given, **generate_kwargs)
+        output = model.generate(**given, **generate_kwargs, logits_processor=LogitsProcessorList(processors))
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if device is None:
-            return output, decoder.report(processor.rows(sequences))
-        last = sequences[:, -1] if sequences.shape[1] > ids.shape[1] else None
-        return output, _device_report(device.finish(last), each, sampled=sampling)
+            return output, processor.decoder.report(processor.rows(sequences))
+        return output, _device_report(device.finish(sequences[:, -1]), processor.objectives, sampled=sampled)
     finally:
         if device is not None:
             device.finish()

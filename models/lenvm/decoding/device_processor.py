@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lenvm.decoding.device_step import captured, top_candidates
+from lenvm.cuda_graph import captured
+from lenvm.decoding.device_step import Shortlist, guided_law, pick_candidate
 from lenvm.decoding.randomness import uniforms
+from lenvm.decoding.sampler import FORCED_STOP_PROBABILITY
 from lenvm.device_guidance import Column, Family, Rules, bin_edges, weigh
 from lenvm.paged.pool import to_device
+from lenvm.scoring.step_layers import SHORT
 
 if TYPE_CHECKING:
     from lenvm.scoring.torch_scorer import TorchScorer, TorchState
 
 __all__ = ["DeviceProcessor", "DeviceRow"]
 
-_FORCED = math.log(1e-3)  # an EOS that the backbone gave less was forced
-_LONG = 1024  # tokens, as in lenvm.scoring.step_graph
 _NOTHING = -1  # no token
 
 
@@ -96,31 +97,18 @@ class _Graph:
 
     def _step(self) -> None:
         self._take()
-        wide = self.scores / self.temperature
-        ids = top_candidates(self.scores, self.shape.top_k)
-        # Sorted by id, as lenvm's own sampler has them: the same uniform draws the same token.
-        ids = torch.cat([ids, self.ends.expand(len(ids), -1)], dim=-1).sort(dim=-1).values
-        logprobs = wide.gather(-1, ids).double() - wide.logsumexp(-1, keepdim=True).double()
-        is_eos = torch.isin(ids, self.ends)
-        kept = torch.ones_like(is_eos)
-        kept[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        self.ids.copy_(ids)
-        weights = self._weights(ids, is_eos, kept, logprobs)
-        base = torch.where(kept, logprobs, -math.inf)
-        self.stop.copy_(torch.where(is_eos, base, -math.inf).logsumexp(-1))
-        base = base - base.logsumexp(-1, keepdim=True)
-        guided = base + weights
-        guided = guided - guided.logsumexp(-1, keepdim=True)
+        found = Shortlist.of(self.scores, self.shape.top_k, self.ends, self.temperature)
+        self.ids.copy_(found.ids)
+        base, guided = guided_law(found, self._weights(found))
+        self.stop.copy_(found.stop())
         self.costs.copy_(torch.where(base > -math.inf, guided - base, 0.0))
         self.out.fill_(-math.inf)
         if self.shape.drawn:
-            reached = guided.exp().cumsum(-1)
-            draws = uniforms(self.seeds, self.steps)
-            at = (reached <= draws[:, None] * reached[:, -1:]).sum(-1, keepdim=True).clamp_(max=ids.shape[1] - 1)
-            self.out.scatter_(-1, ids.gather(-1, at), 0.0)
+            at = pick_candidate(guided, uniforms(self.seeds, self.steps))
+            self.out.scatter_(-1, found.ids.gather(-1, at), 0.0)
         else:
             # An id that stands there twice has its chance in the first place alone.
-            self.out.scatter_reduce_(-1, ids, (guided * self.temperature).float(), "amax")
+            self.out.scatter_reduce_(-1, found.ids, (guided * self.temperature).float(), "amax")
         # What stands behind an answer that has ended is not ours.
         self.out.copy_(torch.where(self.alive[:, None], self.out, self.scores))
         self.steps += self.alive
@@ -134,7 +122,7 @@ class _Graph:
         drawn = self.alive & same.any(-1)
         ends = drawn & torch.isin(self.tokens, self.ends)
         self.cost += torch.where(drawn, self.costs.gather(-1, at[:, None])[:, 0], 0.0)
-        self.forced |= ends & (self.stop < _FORCED)
+        self.forced |= ends & (self.stop < math.log(FORCED_STOP_PROBABILITY))
         # A token that was no candidate: somebody else's, whose state nobody has.
         self.alive &= ~ends & (drawn | (self.tokens == _NOTHING))
         grows = drawn & self.alive
@@ -147,9 +135,8 @@ class _Graph:
         )
         self.positions += grows
 
-    def _weights(
-        self, ids: torch.Tensor, is_eos: torch.Tensor, kept: torch.Tensor, logprobs: torch.Tensor
-    ) -> torch.Tensor:
+    def _weights(self, shortlist: Shortlist) -> torch.Tensor:
+        ids, is_eos, kept, logprobs = shortlist
         rows, width = ids.shape
         if not self.shape.families - {Family.NONE}:
             return torch.zeros_like(logprobs)
@@ -187,6 +174,7 @@ class DeviceProcessor:
 
     Raises:
         PoolExhaustedError: no room for prompts and answers. ContextTooLongError: they do not fit in the context.
+        GraphError: this GPU or driver would not record it.
     """
 
     @torch.inference_mode()
@@ -213,7 +201,7 @@ class DeviceProcessor:
                 state.close()
             longest = max(state.length for state in self.states) + room
             shape = _Shape(
-                self.count, top_k, vocabulary, tuple(end_ids), rules.families, seeds is not None, longest > _LONG
+                self.count, top_k, vocabulary, tuple(end_ids), rules.families, seeds is not None, longest > SHORT
             )
             self.graph = _graph(scorer, shape)
         except BaseException:
@@ -244,7 +232,7 @@ class DeviceProcessor:
             graph.tokens.copy_(input_ids[:, -1])
         self._begun = True
         graph.advance()
-        return graph.out.to(scores.dtype, copy=True)
+        return graph.out.to(scores.device, scores.dtype, copy=True)
 
     @torch.inference_mode()
     def finish(self, last: torch.Tensor | None = None) -> list[DeviceRow]:

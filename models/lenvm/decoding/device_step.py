@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lenvm.cuda_graph import captured
 from lenvm.decoding.randomness import uniforms
 from lenvm.decoding.step_decoder import StepDecoder
 from lenvm.device_guidance import Column, Family, Rules, bin_edges, weigh
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lenvm.decoding.sampler import Sampler
     from lenvm.decoding.types import SamplingParams
 
-__all__ = ["DeviceStep", "captured", "draw_token", "top_candidates"]
+__all__ = ["DeviceStep", "Shortlist", "draw_token", "guided_law", "pick_candidate", "top_candidates"]
 
 # Steps between two looks of the host. A row that has ended stands still for one and a half of these on average, which
 # costs a large batch more than looking twice as often does.
@@ -67,6 +67,47 @@ def top_candidates(logits: torch.Tensor, count: int) -> torch.Tensor:
     inside = tiles.gather(1, best[..., None].expand(-1, -1, _CANDIDATE_TILE)).view(rows, -1)
     at = inside.topk(count, dim=-1, sorted=False).indices
     return best.gather(1, at // _CANDIDATE_TILE) * _CANDIDATE_TILE + at % _CANDIDATE_TILE
+
+
+class Shortlist(NamedTuple):
+    """Candidates of a step, ``[B, K]`` each: ids in order, which end an answer, which are ``kept`` (an id that stands
+    there twice is in its first place alone), and natural logs over the whole vocabulary at the temperature, float64."""
+
+    ids: torch.Tensor
+    is_eos: torch.Tensor
+    kept: torch.Tensor
+    logprobs: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, count: int, ends: torch.Tensor, temperature: float | torch.Tensor) -> Shortlist:
+        """The ``count`` likeliest tokens of logits ``[B, vocabulary]``, and the ids ``ends``. Sorted by id, as on the
+        host: the same uniform draws the same token."""
+        ids = top_candidates(logits, count)
+        ids = torch.cat([ids, ends.expand(len(ids), -1)], dim=-1).sort(dim=-1).values
+        # In float32, as the host computes them.
+        wide = logits.float() / temperature
+        logprobs = logits.gather(-1, ids).double() / temperature - wide.logsumexp(-1, keepdim=True)
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        kept[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        return cls(ids, torch.isin(ids, ends), kept, logprobs)
+
+    def stop(self) -> torch.Tensor:
+        """Natural log ``[B]`` of the probability of all that ends an answer."""
+        return torch.where(self.is_eos & self.kept, self.logprobs, -math.inf).logsumexp(-1)
+
+
+def guided_law(shortlist: Shortlist, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Natural logs ``[B, K]`` of p and of ``q ~ p exp(log-weight)``, both over the candidates."""
+    base = torch.where(shortlist.kept, shortlist.logprobs, -math.inf)
+    base = base - base.logsumexp(-1, keepdim=True)
+    guided = base + weights
+    return base, guided - guided.logsumexp(-1, keepdim=True)
+
+
+def pick_candidate(law: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """The place ``[B, 1]`` that uniforms ``[B]`` draw from natural logs ``[B, K]``."""
+    reached = law.exp().cumsum(-1)
+    return (reached <= draws[:, None] * reached[:, -1:]).sum(-1, keepdim=True).clamp_(max=law.shape[1] - 1)
 
 
 class DeviceStep:
@@ -158,41 +199,26 @@ class DeviceStep:
 
     def _guided(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Draw from ``q ~ p exp(log-weight)`` over the candidates; as ``Sampler`` does on the host."""
-        ids = top_candidates(logits, self.candidates - len(self.eos))
-        # Sorted by id, as on the host: the same uniform draws the same token.
-        ids = torch.cat([ids, self.eos.expand(len(ids), -1)], dim=-1).sort(dim=-1).values
-        picked = logits.gather(-1, ids).double()
-        # In float32, as the host computes them.
-        wide = logits.float()
-        raw = picked - wide.logsumexp(-1, keepdim=True)
-        temperature = self.params.temperature
-        logprobs = picked / temperature - (wide / temperature).logsumexp(-1, keepdim=True)
-        is_eos = torch.isin(ids, self.eos)
-        kept = torch.ones_like(is_eos)
-        kept[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        weights, captured = self._weights(ids, is_eos, kept, logprobs)
-        base = torch.where(kept, logprobs, -math.inf)
-        base = base - base.logsumexp(-1, keepdim=True)
-        tilted = base + weights
-        tilted = tilted - tilted.logsumexp(-1, keepdim=True)
-        reached = tilted.exp().cumsum(-1)
-        at = (reached <= draws[:, None] * reached[:, -1:]).sum(-1, keepdim=True).clamp_(max=ids.shape[1] - 1)
+        found = Shortlist.of(logits, self.candidates - len(self.eos), self.eos, self.params.temperature)
+        ids, is_eos = found.ids, found.is_eos
+        raw = logits.gather(-1, ids).double() - logits.float().logsumexp(-1, keepdim=True)
+        weights, captured = self._weights(found)
+        base, tilted = guided_law(found, weights)
+        at = pick_candidate(tilted, draws)
 
         def pick(x: torch.Tensor) -> torch.Tensor:
             return x.gather(-1, at)[:, 0]
 
         ends = pick(is_eos)
-        stop = torch.where(is_eos & kept, logprobs, -math.inf).logsumexp(-1)
         self.sums[0] += torch.where(self.alive, pick(tilted) - pick(base), 0.0)
         self.sums[1] += torch.where(self.alive & ~ends, pick(raw), 0.0)
-        self.sums[2].copy_(torch.where(self.alive, stop, self.sums[2]))
+        self.sums[2].copy_(torch.where(self.alive, found.stop(), self.sums[2]))
         if captured is not None:
             self._promote(captured, at[:, 0])
         return pick(ids)
 
-    def _weights(
-        self, ids: torch.Tensor, is_eos: torch.Tensor, kept: torch.Tensor, logprobs: torch.Tensor
-    ) -> tuple[torch.Tensor, Plan | None]:
+    def _weights(self, shortlist: Shortlist) -> tuple[torch.Tensor, Plan | None]:
+        ids, is_eos, kept, logprobs = shortlist
         if not self.families - {Family.NONE}:
             return torch.zeros_like(logprobs), None
         logits = bin_logprobs = captured = None
@@ -252,19 +278,3 @@ def _twin(pool: BlockPool, model: Any) -> BlockPool:
         device=pool.device,
         dtype=model.dtype,
     )
-
-
-def captured(step: Callable[[], None], pool: Any = None) -> Callable[[], None]:
-    """Record ``step`` in a CUDA graph, after warm-up on a side stream, and return its replay. What other threads do on
-    the GPU meanwhile does not disturb it. ``pool``: memory that it shares with graphs that never run at its time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
-    replay: Callable[[], None] = graph.replay
-    return replay

@@ -11,7 +11,7 @@ import bisect
 
 import torch
 
-from lenvm.decoding.device_step import captured
+from lenvm.cuda_graph import captured
 from lenvm.paged import BlockPool
 from lenvm.paged.attention import Plan
 from lenvm.scoring.step_layers import StepLayers
@@ -32,7 +32,7 @@ class PromptGraphs:
 
     def __call__(self, plan: Plan) -> torch.Tensor | None:
         """Last hidden states ``[N, hidden]`` of a plan of whole prompts, which the next call overwrites; None where it
-        is larger than the buckets. Raises RuntimeError where this GPU or driver would not record it."""
+        is larger than the buckets. Raises GraphError."""
         tokens = _bucket(_TOKENS, len(plan.input_ids))
         rows, width = _bucket(_ROWS, len(plan.starts) - 1), _bucket(_WIDTHS, plan.width)
         if tokens is None or rows is None or width is None:

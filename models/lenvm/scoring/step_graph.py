@@ -15,21 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lenvm.decoding.device_step import captured
+from lenvm.cuda_graph import captured
 from lenvm.modeling import LengthValueModel
 from lenvm.paged import BlockPool
-from lenvm.scoring.step_layers import StepHead, StepLayers
+from lenvm.scoring.step_layers import SHORT, StepHead, StepLayers
 
-__all__ = ["NO_PROMOTION", "GraphError", "StepGraphs", "StepNumbers"]
+__all__ = ["NO_PROMOTION", "StepGraphs", "StepNumbers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
-_SHORT = 1024  # tokens of a prefix that fewer programs read faster than more, which must put their shares together
 NO_PROMOTION = (0, 0, 0, 0, 0)
-
-
-class GraphError(RuntimeError):
-    """This GPU or driver would not record the step; the scorer goes on without graphs."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +75,10 @@ class StepGraphs:
         """
         rows = next(size for size in _ROWS if size >= len(lengths))
         width = next(size for size in _WIDTHS if size >= max(map(len, candidates)))
-        long = max(lengths) > _SHORT
+        long = max(lengths) > SHORT
         graph = self._graphs.get((rows, width, long))
         if graph is None:
-            try:
-                graph = self._graphs[rows, width, long] = _StepGraph(self, rows, width, long=long)
-            except (RuntimeError, NotImplementedError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise GraphError(f"a step of {rows} x {width} candidates was not recorded: {error}") from error
+            graph = self._graphs[rows, width, long] = _StepGraph(self, rows, width, long=long)
         return graph.launch(blocks, lengths, candidates, ids, promotions)
 
 

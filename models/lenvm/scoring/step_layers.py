@@ -13,12 +13,13 @@ from lenvm.modeling import ValueHead
 from lenvm.paged import BlockPool
 from lenvm.paged.attention import fresh_attention
 
-__all__ = ["StepHead", "StepLayers"]
+__all__ = ["SHORT", "StepHead", "StepLayers"]
 
 Attend: TypeAlias = Callable[[int, Weights, torch.Tensor], torch.Tensor]  # layer, its weights, raw products -> mixed
 
 # Multiplications of one half of a gated product up to which our own kernels beat the library's.
 _SMALL = 2 << 30
+SHORT = 1024  # tokens of a prefix that fewer programs read faster than more, which must put their shares together
 _PLAIN_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not hang on how long the sequence is
 
 
@@ -60,7 +61,7 @@ class StepLayers:
     ) -> torch.Tensor:
         """``ids [rows x width]`` after prefixes of ``lengths [rows]`` tokens in blocks ``tables [rows, blocks]`` ->
         ``[rows x width, hidden]``. Fills ``kept [2, layers, rows x width, kv_heads, head_dim]`` with the candidates'
-        keys and values. ``long``: some prefixes are many hundreds of tokens."""
+        keys and values. ``long``: some prefix is longer than ``SHORT``."""
         from lenvm.paged.kernels import Rotation, StepScratch, step_attention
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lenvm.cuda_graph import GraphError
 from lenvm.distribution import LengthBins
 from lenvm.errors import InvalidRequestError, StateClosedError
 from lenvm.fused import can_fuse
@@ -246,25 +246,15 @@ class TorchScorer:
     @torch.inference_mode()
     def warm_up(self, tokens: int) -> None:
         """Have ready what batches of prompts of up to so many tokens need, so that no request waits for it."""
-        if self.pool is None or self._prompts is None:
-            return
-        try:
-            with self._recording():
+        if self.pool is not None and self._prompts is not None:
+            try:
                 self._prompts.record(tokens)
-        except torch.OutOfMemoryError:
-            _log.warning("prompts run without CUDA graphs, and slower: the device has no memory left for them")
-            self._prompts = None
+            except (GraphError, torch.OutOfMemoryError) as error:
+                self._leave_prompt_graphs(error)
 
-    @contextlib.contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Prompts go on without graphs where this GPU or driver would not record one."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            _log.warning("prompts run without CUDA graphs, and slower: %s", error)
-            self._prompts = None
+    def _leave_prompt_graphs(self, error: Exception) -> None:
+        _log.warning("prompts run without CUDA graphs, and slower: %s", error)
+        self._prompts = None
 
     @property
     def gamma(self) -> float:
@@ -491,9 +481,11 @@ class TorchScorer:
     def _hidden(self, plan: Plan) -> torch.Tensor:
         """Last hidden states ``[N, hidden]`` of a packed forward."""
         if self._prompts is not None and plan.fresh:
-            with self._recording():
+            try:
                 if (hidden := self._prompts(plan)) is not None:
                     return hidden
+            except GraphError as error:
+                self._leave_prompt_graphs(error)
         # One token alone would be compiled anew, which takes seconds.
         if self._decoder is not None and (plan.fresh or not plan.groups) and len(plan.input_ids) > 1:
             return self._decoder(plan.input_ids, plan.positions, plan)
@@ -513,7 +505,7 @@ class TorchScorer:
         ids = np.fromiter(chain.from_iterable(candidates), np.int64, sum(map(len, candidates)))
         if ids.view(np.uint64).max() >= self._vocab_size:  # negative ids are the largest then
             return None
-        from lenvm.scoring.step_graph import NO_PROMOTION, GraphError
+        from lenvm.scoring.step_graph import NO_PROMOTION
 
         copies: list[tuple[int, int]] = []
         held, lengths, chosen, sources = [], [], [], list[tuple[int, int, int, int, int]]()
@@ -563,11 +555,11 @@ class TorchScorer:
                 scored = before.scored
                 logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at]
             states.append(TorchState(own, length, logit, bins))
-        self._compact()
-        answers = self._answers(states, candidates, step)
-        self._count(len(ids))
-        self.stats.promoted += len(chosen) - chosen.count(-1)
         try:
+            self._compact()
+            answers = self._answers(states, candidates, step)
+            self._count(len(ids))
+            self.stats.promoted += len(chosen) - chosen.count(-1)
             if meanwhile is not None:
                 meanwhile()
         finally:
