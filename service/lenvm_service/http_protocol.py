@@ -24,6 +24,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client: it has that long for its first request."""
         super().connection_made(transport)
+        self._since = self.loop.time()
         self._arriving = self._in_head = False  # a request; and its header fields are not whole yet
         self._head_bytes = 0
         self._resumed = False  # the parser is being told of a request that was read already
@@ -49,6 +50,13 @@ class HttpProtocol(HttpToolsProtocol):
                 return
         if self._reading is None:
             self._reading = self.loop.call_later(self.read_timeout_s, self._too_slow)
+
+    def owes_answer(self, patience_s: float) -> bool:
+        """A request that nobody serves yet is on its way: a part of it is here, or the connection is younger than that
+        and its first one has not come."""
+        if self.transport.is_closing():
+            return False
+        return self._in_head or (self.cycle is None and self.loop.time() - self._since < patience_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""

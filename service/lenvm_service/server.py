@@ -55,7 +55,8 @@ EngineLoader: TypeAlias = "Callable[[str, Path, Settings, Metrics], EngineLike]"
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65  # longer than the minute that load balancers keep idle connections, so that they close first
-_LINGER_S = 0.3  # after the last listener is closed: connections that were just accepted still get their answer
+_LINGER_S = 0.3  # after the last listener is closed: connections that were in use still get their answer
+_PATIENCE_S = 3.0  # and so do those that were just accepted, however slow their clients are to send what they want
 _SWITCH_S = 0.0005
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _GC_THRESHOLDS = 20_000, 5, 1000  # pauses of milliseconds, and a full collection once in 10^8 objects that stay
@@ -136,12 +137,16 @@ class Server(uvicorn.Server):
         overdue = self.drain.overdue(time.monotonic())
         if not overdue and self.failure is None:
             end = time.monotonic() + _LINGER_S
-            while time.monotonic() < end or (self.service.requests and not self.drain.overdue(time.monotonic())):
+            while time.monotonic() < end or (self._busy() and not self.drain.overdue(time.monotonic())):
                 await asyncio.sleep(0.02)
         if self.service.requests:
             logger.warning("requests cut short", extra=fields(requests=len(self.service.requests)))
         self.service.abandon()
         await super().shutdown(sockets)
+
+    def _busy(self) -> bool:
+        connections = cast("set[HttpProtocol]", self.server_state.connections)
+        return bool(self.service.requests) or any(each.owes_answer(_PATIENCE_S) for each in connections)
 
     async def _close_listeners(self, sockets: list[socket.socket]) -> None:
         """Take in what the kernel has accepted already, which closing would reset, and close at once after it."""

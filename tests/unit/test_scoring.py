@@ -221,7 +221,7 @@ def test_prompts_and_decoding_steps_part_where_the_kernel_would_be_lost(
 def test_a_gpu_that_records_no_graph_is_served_without(
     scorer: TorchScorer, full_forward: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lenvm.scoring.step_graph import GraphError
+    from lenvm.cuda_graph import GraphError
 
     class Refusing:
         def fits(self, rows: int, width: int) -> bool:

@@ -240,6 +240,35 @@ def test_sigterm_under_load_fails_no_request(start: Callable[..., Process]) -> N
     assert not [line for line in server.log if "Traceback" in line]
 
 
+def test_who_was_let_in_before_the_end_may_be_slow_to_ask(start: Callable[..., Process]) -> None:
+    server = start("drain_grace_s=0", FAKE_SECONDS="0.1")
+    server.ready()
+    address = (url := httpx2.URL(server.listening())).host, url.port
+    body = b'{"prompt": "a"}'
+    request = b"POST /predict_length HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+
+    def told(raw: socket.socket) -> bytes:
+        answer = b""
+        while chunk := raw.recv(65536):
+            answer += chunk
+        return answer
+
+    with socket.create_connection(address, timeout=30) as late, socket.create_connection(address, timeout=30) as half:
+        half.sendall(request[:10])
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionRefusedError):
+            while True:
+                socket.create_connection(address, timeout=30).close()
+                time.sleep(0.02)
+        time.sleep(0.7)  # twice what connections in use are given
+        late.sendall(request)
+        half.sendall(request[10:])
+        for answer in told(late), told(half):
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b'"draining"' in answer
+    assert server.end() == 0
+
+
 @pytest.mark.parametrize("how", ["time-out", "second signal"])
 def test_what_takes_too_long_is_answered_and_the_exit_is_clean(start: Callable[..., Process], how: str) -> None:
     timeout = "0.4" if how == "time-out" else "60"
