@@ -168,10 +168,11 @@ def _lifebench(add, lenvm, options, sizes, on, fast, out, made) -> None:  # type
         f"{lenvm} eval lifebench --data {options.data} --model {options.model} --device {on} --dtype {fast} "
         f"--targets {sizes.targets} --tasks {sizes.tasks} --tuning-tasks {sizes.tuning} "
         # Below what is asked of the test (8 nats, 5 %): a choice looks better on the tasks that it was made on.
-        "--cost-cap 7.7 --forced-cap 0.03 "
+        "--cost-cap 7.7 --forced-cap 0.03 --answers 4 "
         f"--tolerance 0.01,0.015,0.02 --min-eos-prob 0.001,0.002,0.004 --max-rows {options.guided_rows}"
     )
-    guided, gates = "posterior,paper_value,paper_length", "unguided,eos_gate,force_eos"
+    guided = "posterior,posterior_resampled,paper_value,paper_length"
+    gates = "unguided,unguided_resampled,eos_gate,eos_gate_resampled,force_eos"
     files = []
     for name, modes, kind in (
         ("equal-guided", guided, "equal_to"), ("equal-gates", gates, "equal_to"), ("most-guided", guided, "at_most"),
@@ -188,7 +189,7 @@ def _conditional(add, each, lenvm, options, sizes, on, fast, out, made) -> None:
     work = options.work
     base = (
         f"{lenvm} eval conditional --data {options.data} --model {options.model} --device {on} --dtype {fast} "
-        f"--prompts {sizes.prompts} --samples {max(8, sizes.samples)} --pairs-per-prompt 5 "
+        f"--prompts {sizes.prompts} --samples {max(8, sizes.samples)} --pairs-per-prompt 5 --answers 4 "
         f"--max-rows {options.guided_rows}"
     )
     parts = each("conditional", f"{base} --part {{part}} --work {work}/conditional-{{i}}.jsonl", *made)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from lenvm_client.client import Client
     from lenvm_client.guided import AsyncGuidedDecoder, GuidedDecoder
     from lenvm_client.mock import MockRequest, MockTransport
+    from lenvm_client.resampling import Resampled, resample
     from lenvm_client.routing import (
         Route,
         RouteEstimate,
@@ -120,6 +121,7 @@ __all__ = [
     "Prediction",
     "PredictionBatcher",
     "PrefixUnknownError",
+    "Resampled",
     "Reservation",
     "Route",
     "RouteEstimate",
@@ -146,6 +148,7 @@ __all__ = [
     "prediction_headers",
     "priority_for",
     "request_fields",
+    "resample",
 ]
 
 # The home of each name that is imported at its first use.
@@ -176,6 +179,7 @@ _LAZY = {
     "PredictModelsResponse": "lenvm_client._types",
     "Prediction": "lenvm_client._types",
     "PredictionBatcher": "lenvm_client.batching",
+    "Resampled": "lenvm_client.resampling",
     "Reservation": "lenvm_client.scheduling",
     "Route": "lenvm_client.routing",
     "RouteEstimate": "lenvm_client.routing",
@@ -197,6 +201,7 @@ _LAZY = {
     "prediction_headers": "lenvm_client.scheduling",
     "priority_for": "lenvm_client.scheduling",
     "request_fields": "lenvm_client.scheduling",
+    "resample": "lenvm_client.resampling",
 }
 
 

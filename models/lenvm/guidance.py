@@ -31,6 +31,7 @@ __all__ = [
     "PreparedWeights",
     "check_objective",
     "eos_fade",
+    "log_utility",
     "log_weights",
     "resolve_scale",
     "utility",
@@ -361,6 +362,15 @@ def utility(objective: Objective) -> tuple[float, float, float]:
     target = float(objective.target or 0)
     rate = 1.0 / max(1.0, objective.tolerance * target)
     return target, rate * (objective.kind != "at_most"), rate * (objective.kind != "at_least")
+
+
+def log_utility(objective: Objective, lengths: ArrayLike) -> FloatArray:
+    """``log u`` of answers with so many content tokens [n]: 0 where the objective is met, less the further it is not.
+
+    Of a tilt it is ``-lambda L``."""
+    length = np.asarray(lengths, dtype=np.float64)
+    pivot, left, right = utility(objective)
+    return np.asarray(np.where(length > pivot, right, -left) * (pivot - length), dtype=np.float64)
 
 
 def _log_mean_utility(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -310,6 +311,28 @@ def test_generate_unguided_and_guided(run_json: Any, checkpoint: Path) -> None:
         }
         assert all(0 < row["length_score"] <= 100 for row in found["generations"])
         assert found["generations"] != plain["generations"]
+
+
+def test_generate_draws_one_of_several(run: Any, run_json: Any, checkpoint: Path) -> None:
+    options = ("generate", "hello", "--equal-to", 12, "--model", checkpoint, "--max-new-tokens", 40, "--seed", 5)
+    each = run_json(*options, "--n", 6)["generations"]
+    found = run_json(*options, "--n", 2, "--best-of", 3)["generations"]
+    assert [row["index"] for row in found] == [0, 1]
+    for row, group in zip(found, (each[:3], each[3:]), strict=True):
+        assert row["token_ids"] in [single["token_ids"] for single in group]
+        assert row["drawn_from"] == 3
+        assert 1.0 <= row["effective"] <= 3.0
+        chosen = next(single for single in group if single["seed"] == row["seed"])
+        assert chosen["token_ids"] == row["token_ids"]
+        assert row["text_cost"] <= chosen["text_cost"] + math.log(3) + 1e-9
+    assert found == run_json(*options, "--n", 2, "--best-of", 3)["generations"]
+    for wrong in (("--scale", 0.5), ("--equal-to", 9, "--method", "paper"), ()):
+        status, _, err = run("generate", "hello", *wrong, "--best-of", 2, "--model", checkpoint)
+        assert status == 2
+        assert "answers are weighed by" in " ".join(err.split())
+    status, _, err = run(*options, "--best-of", 2, "--temperature", 0)
+    assert status == 2
+    assert "greedy answers" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

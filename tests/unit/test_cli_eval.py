@@ -132,6 +132,15 @@ def test_lifebench_says_which_gate_and_whether_it_is_beaten(
     assert set(written["tuning"]["gates"]) == {"at_least", "at_most"}
     assert (written["tuning"]["cost_cap"], written["tuning"]["forced_cap"]) == (9.0, 0.5)
     assert [row["tolerance"] for row in written["tuning"]["posterior"]["at_most"]] == [0.05, 0.2]
+    assert main([*command, *tuned, "--answers", "2", "--report", str(report), "--figures", str(drawn)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("(tuned on other tasks)") == 8
+    assert shown.count("posterior, 1 of 2: tolerance") == 2
+    assert len(re.findall(r"At its text cost \(\S+ nats\) posterior resampled .*? gates on EOS resampled", shown)) == 2
+    assert "posterior resampled minus posterior" in shown
+    assert "posterior, one of several" in (drawn / "lifebench.svg").read_text()
+    assert main([*command, "--modes", "posterior_resampled"]) == 1  # of one answer there is no choice
+    assert "unknown mode posterior_resampled" in capsys.readouterr().err
     assert main([*command, "--tolerance", "soft"]) == 2
     assert "numbers with commas" in " ".join(capsys.readouterr().err.split())
     assert written["eos_gate"]["at_most"]["rule"].keys() == {"slack", "threshold", "stop"}

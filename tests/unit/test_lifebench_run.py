@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from lenvm.backbones import encode_chat
 from lenvm.decoding import Generation, Request, SamplingParams
 from lenvm.errors import DataError, InvalidRequestError
 from lenvm.evaluation import run_lifebench as module
-from lenvm.evaluation.answers import AnswerFile
+from lenvm.evaluation.answers import Answer, AnswerFile
 from lenvm.evaluation.lifebench import KINDS, Kind, Row, Task, build_prompt
 from lenvm.evaluation.lifebench_compare import front_metrics
+from lenvm.evaluation.lifebench_draw import drawn
 from lenvm.evaluation.lifebench_gates import (
     FORCED,
     FREE,
@@ -29,7 +32,7 @@ from lenvm.evaluation.lifebench_gates import (
 )
 from lenvm.evaluation.lifebench_posterior import PosteriorRule, PosteriorScore, choose_posterior
 from lenvm.evaluation.lifebench_work import Job
-from lenvm.evaluation.run_lifebench import MODES, LifebenchSettings, pool_tokens, run_lifebench
+from lenvm.evaluation.run_lifebench import MODES, RESAMPLED, LifebenchSettings, pool_tokens, run_lifebench
 from lenvm.rollouts.sampling import stream_seed
 from lenvm.scoring import TorchScorer
 
@@ -164,6 +167,62 @@ def test_a_whole_run(run: Any) -> None:
     assert {job.policy for job in sampled if job.task.id in tuned} == {
         rule for rules in SMALL.values() for rule in rules
     }
+
+
+def test_one_of_several_answers_is_drawn(run: Any, tmp_path: Path) -> None:
+    work = tmp_path / "work.jsonl"
+    rules = (PosteriorRule(0.05), PosteriorRule(0.2))
+    settings = replace(SETTINGS, kinds=("equal_to",), posterior_grid=rules, cost_cap=1e6, forced_cap=1.0)
+    single, _, _ = run(settings, work=work)
+    several = replace(settings, answers=3, modes=(*MODES, *RESAMPLED))
+    metrics, rows, sampled = run(several, work=work)
+    assert {job.sample for job in sampled} >= {1, 2}
+    assert not any(job.policy in ("paper_value", "paper_length") for job in sampled)
+    for mode in MODES:
+        assert metrics[mode] == single[mode]
+    assert metrics["gate_front"] == single["gate_front"]
+    for mode, plain in RESAMPLED.items():
+        found = metrics[mode]["equal_to"]
+        assert found["drawn_from"] == 3
+        assert found["n"] == metrics[plain]["equal_to"]["n"] == 6
+        assert found["ls"] > metrics[plain]["equal_to"]["ls"] - 5.0
+    assert metrics["unguided_resampled"]["equal_to"]["ls"] > metrics["unguided"]["equal_to"]["ls"]
+    # What the choice adds is in the text cost: unguided answers themselves cost nothing.
+    assert 0.0 < metrics["unguided_resampled"]["equal_to"]["kl_per_sequence"] <= math.log(3)
+    tuned = metrics["tuning"]["posterior_resampled"]["equal_to"]
+    assert [row["tolerance"] for row in tuned] == [0.05, 0.2]
+    best = max(tuned, key=lambda row: (round(row["ls"], 9), -row["kl_per_sequence"]))
+    assert metrics["posterior_resampled"]["equal_to"]["rule"]["tolerance"] == best["tolerance"]
+    assert metrics["tuning"]["within_caps_resampled"] == {"equal_to": True}
+    front = metrics["gate_front_resampled"]["equal_to"]
+    assert front["equal_cost"]["posterior_kl_per_sequence"] == pytest.approx(
+        np.mean([row.text_cost for row in rows if row.mode == "posterior_resampled"])
+    )
+    assert "posterior_resampled_minus_posterior" in metrics["comparisons"]["equal_to"]
+    assert "posterior_minus_unguided_resampled" not in metrics["comparisons"]["equal_to"]
+    again, _, sampled = run(several, work=work)
+    assert not sampled
+    assert again == metrics
+
+
+def test_a_draw_by_hand() -> None:
+    task, kind = Task("a", "en", "b", "c", "d"), "equal_to"
+    jobs = [Job(PosteriorRule(0.1), task, kind, 100, sample) for sample in range(4)]
+    # Of the first two the second weighs e^20 times as much, of the others the first.
+    figures = [(90, 22.0), (100, 1.0), (100, 2.0), (500, 2.0)]
+    store = {
+        job.key: Answer(length, None, True, False, cost, -9.0)
+        for job, (length, cost) in zip(jobs, figures, strict=True)
+    }
+
+    class Store:
+        def __getitem__(self, job: Job) -> Answer:
+            return store[job.key]
+
+    found = list(drawn(jobs, 2, cast("Any", Store()), tolerance=9.0, seed=0))
+    assert [job.sample for job, _ in found] == [1, 2]
+    assert [answer.text_cost for _, answer in found] == pytest.approx([1.0 + math.log(2), 2.0 + math.log(2)])
+    assert list(drawn(jobs, 1, cast("Any", Store()), tolerance=9.0, seed=0)) == [(job, store[job.key]) for job in jobs]
 
 
 def test_unguided_answers_are_the_samplers_own(run: Any, tiny_generator: Any, tiny_data: Path) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from lenvm.errors import InvalidRequestError
 from lenvm.evaluation.lifebench import Kind
 from lenvm.evaluation.stats import paired_bootstrap
+from lenvm.guidance import Objective, log_utility
 
 __all__ = [
     "LEAST_ACCEPTED",
@@ -76,13 +77,7 @@ class Pair:
 
 def utility(lengths: ArrayLike, kind: Kind, target: int, tolerance: float) -> FloatArray:
     """``u(L)`` of posterior guidance, 0 to 1: the probability with which rejection would accept a length."""
-    length = np.asarray(lengths, dtype=np.float64)
-    beyond = (length - target) / max(1.0, tolerance * target)
-    if kind == "at_most":
-        beyond = np.maximum(beyond, 0.0)
-    elif kind == "at_least":
-        beyond = np.minimum(beyond, 0.0)
-    return np.asarray(np.exp(-np.abs(beyond)), dtype=np.float64)
+    return np.asarray(np.exp(log_utility(Objective(kind, target, tolerance=tolerance), lengths)), dtype=np.float64)
 
 
 def accepted(lengths: ArrayLike, kind: Kind, target: int, tolerance: float) -> NDArray[np.bool_]:

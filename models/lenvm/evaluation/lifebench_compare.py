@@ -18,16 +18,16 @@ Points = Sequence[tuple[float, float]]
 
 
 def compare(rows: Sequence[Row], kind: Kind, modes: Sequence[str]) -> dict[str, Any]:
-    """``posterior`` against every other mode: differences with 95 % intervals, resampled by task."""
-    if "posterior" not in modes:
-        return {}
+    """``posterior`` against every other mode of single answers, and ``posterior_resampled`` against every other mode:
+    differences with 95 % intervals, resampled by task."""
     return {
-        f"posterior_minus_{other}": {
-            measure: list(compare_modes(rows, kind, "posterior", other, measure))
-            for measure in ("ls", "kl_per_sequence")
+        f"{ours}_minus_{other}": {
+            measure: list(compare_modes(rows, kind, ours, other, measure)) for measure in ("ls", "kl_per_sequence")
         }
+        for ours in ("posterior", "posterior_resampled")
+        if ours in modes
         for other in modes
-        if other != "posterior"
+        if other != ours and not (ours == "posterior" and other.endswith("_resampled"))
     }
 
 

@@ -14,9 +14,11 @@ from lenvm.evaluation.lifebench_gates import FORCED, GRIDS, GateRule
 from lenvm.evaluation.lifebench_posterior import PosteriorRule
 from lenvm.guidance import Objective
 
-__all__ = ["MODES", "Job", "LifebenchSettings", "Policy", "fixed_policies", "jobs_of"]
+__all__ = ["MODES", "RESAMPLED", "Job", "LifebenchSettings", "Policy", "fixed_policies", "jobs_of"]
 
 MODES = ("unguided", "eos_gate", "force_eos", "paper_value", "paper_length", "posterior")
+RESAMPLED: Mapping[str, str] = {f"{mode}_resampled": mode for mode in ("unguided", "eos_gate", "posterior")}
+"""Modes of which one of several answers is drawn by importance weight (``lenvm.resampling``) -> what samples them."""
 
 Policy: TypeAlias = str | GateRule | PosteriorRule
 """What decides about the length: "unguided", one of the paper's rules, a gate, or a posterior rule."""
@@ -46,7 +48,8 @@ class Job:
 
 @dataclass(frozen=True)
 class LifebenchSettings:
-    """What is generated: ``tasks`` x ``targets`` x ``samples`` answers a mode and kind, all with the same ``params``.
+    """What is generated: ``tasks`` x ``targets`` x ``samples`` answers a mode and kind, all with the same ``params``;
+    a mode of ``RESAMPLED`` draws each of them from ``answers``.
 
     ``grids`` are the gates and ``posterior_grid`` the posterior rules to choose from, tried on ``tuning_tasks`` tasks
     that are not in the test; a single posterior rule needs no trying. ``cost_cap`` (nats a sequence, targets of 64 and
@@ -58,6 +61,7 @@ class LifebenchSettings:
     tasks: int = 100
     tuning_tasks: int = 16
     samples: int = 1
+    answers: int = 1
     modes: Sequence[str] = MODES
     kinds: Sequence[Kind] = KINDS
     posterior_grid: Sequence[PosteriorRule] = (PosteriorRule(),)
@@ -71,7 +75,10 @@ class LifebenchSettings:
     front: int = 12
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", MODES), ("kind", KINDS)):
+        if self.answers < 1:
+            raise InvalidRequestError(f"answers must be at least 1, not {self.answers}", param="answers")
+        modes = MODES if self.answers == 1 else (*MODES, *RESAMPLED)
+        for name, known in (("mode", modes), ("kind", KINDS)):
             given = getattr(self, f"{name}s")
             unknown = set(given) - set(known)
             if unknown or not given:
@@ -85,12 +92,21 @@ class LifebenchSettings:
     @property
     def tunes_gates(self) -> bool:
         """Whether gates are chosen on the tuning tasks."""
-        return "eos_gate" in self.modes
+        return not {"eos_gate", "eos_gate_resampled"}.isdisjoint(self.modes)
 
     @property
     def tunes_posterior(self) -> bool:
         """Whether a posterior rule is chosen there."""
-        return "posterior" in self.modes and len(self.posterior_grid) > 1
+        return self.posterior_modes != [] and len(self.posterior_grid) > 1
+
+    @property
+    def posterior_modes(self) -> list[str]:
+        """Those of the modes that follow a posterior rule; each has its own."""
+        return [mode for mode in ("posterior", "posterior_resampled") if mode in self.modes]
+
+    def drawn_from(self, mode: str) -> int:
+        """Answers of which a mode draws one."""
+        return self.answers if mode in RESAMPLED else 1
 
 
 def fixed_policies(settings: LifebenchSettings) -> dict[tuple[str, Kind], Policy]:
@@ -100,14 +116,15 @@ def fixed_policies(settings: LifebenchSettings) -> dict[tuple[str, Kind], Policy
     """
     found: dict[tuple[str, Kind], Policy] = {}
     for mode in settings.modes:
+        sampled = RESAMPLED.get(mode, mode)
         for kind in settings.kinds:
-            if mode == "force_eos":
+            if sampled == "force_eos":
                 found[mode, kind] = FORCED[kind]
-            elif mode == "posterior":
+            elif sampled == "posterior":
                 if not settings.tunes_posterior:
                     found[mode, kind] = settings.posterior_grid[0]
-            elif mode != "eos_gate":
-                found[mode, kind] = "paper_value" if mode == "paper_length" and kind != "equal_to" else mode
+            elif sampled != "eos_gate":
+                found[mode, kind] = "paper_value" if sampled == "paper_length" and kind != "equal_to" else sampled
     return found
 
 
@@ -117,13 +134,15 @@ def jobs_of(
     tasks: Sequence[Task],
     settings: LifebenchSettings,
     *,
+    of: int = 1,
     tuning: bool = False,
     keeps_tokens: bool = True,
 ) -> list[Job]:
-    """Every answer of a policy: by task, target, sample. Tuning takes one sample, and figures alone."""
+    """Every answer of a policy: by task, target, sample, and of each sample the ``of`` answers that one is drawn from.
+    Tuning takes one sample, and figures alone."""
     return [
         Job(policy, task, kind, target, sample, keeps_tokens=keeps_tokens and not tuning)
         for task in tasks
         for target in settings.targets
-        for sample in range(1 if tuning else settings.samples)
+        for sample in range(of * (1 if tuning else settings.samples))
     ]

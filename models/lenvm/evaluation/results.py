@@ -113,16 +113,23 @@ def _along(metrics: Metrics) -> str:
 
 
 def _conditional(metrics: Metrics) -> str:
+    answers = dig(metrics, "sampling", "answers") or 1
+    found = [
+        (kind, of, row)
+        for of in ([1] if answers == 1 else [1, answers])
+        for kind in ("at_most", "at_least", "equal_to")
+        if (row := dig(metrics, kind) if of == 1 else dig(metrics, kind, "resampled")) and row.get("pairs")
+    ]
     rows = [
         [
-            kind.replace("_", " "), str(row["pairs"]), number(row.get("ks"), ".3f"),
+            kind.replace("_", " "), str(of), str(row["pairs"]), number(row.get("ks"), ".3f"),
             number(row.get("ks_null_95"), ".3f"), str(round(row["pairs"] * row.get("satisfied_rate", 0.0))),
             number(row.get("ks_satisfied"), ".3f"), number(row.get("logprob_gap"), "+.3f"),
             percent(row.get("natural_end_rate")), percent(row.get("forced_stop_rate")),
         ]
-        for kind in ("at_most", "at_least", "equal_to") if (row := metrics.get(kind)) and row.get("pairs")
+        for kind, of, row in found
     ]  # fmt: skip
-    head = ["objective", "pairs", "KS", "KS of an exact sampler, 95 %", "pairs within", "KS within",
+    head = ["objective", "drawn from", "pairs", "KS", "KS of an exact sampler, 95 %", "pairs within", "KS within",
             "log-probability gap (nats/token)", "natural ends", "forced stops"]  # fmt: skip
     return table(head, rows)
 

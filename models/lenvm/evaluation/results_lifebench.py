@@ -7,10 +7,17 @@ from typing import Any
 
 from lenvm.evaluation.results_cells import change, dig, number, percent, table
 
-__all__ = ["gates", "modes", "targets"]
+__all__ = ["gates", "mode_name", "modes", "targets"]
 
 _KINDS = ("equal_to", "at_most", "at_least")
-_MODES = ("unguided", "eos_gate", "force_eos", "paper_value", "paper_length", "posterior")
+_MODES = ("unguided", "eos_gate", "force_eos", "paper_value", "paper_length", "posterior", "unguided_resampled",
+          "eos_gate_resampled", "posterior_resampled")  # fmt: skip
+
+
+def mode_name(mode: str, row: Mapping[str, Any]) -> str:
+    """As people read it: "posterior, 1 of 4" where one of four answers was drawn."""
+    of = row.get("drawn_from")
+    return _words(mode) if of is None else f"{_words(mode.removesuffix('_resampled'))}, 1 of {of}"
 
 
 def modes(metrics: Mapping[str, Any]) -> str:
@@ -23,7 +30,7 @@ def modes(metrics: Mapping[str, Any]) -> str:
             if row is not None:
                 rows.append(
                     [
-                        _words(mode), number(row["ls"]), percent(row["within_5pct"]),
+                        mode_name(mode, row), number(row["ls"]), percent(row["within_5pct"]),
                         number(row["kl_per_sequence"]), number(row.get("kl_per_sequence_64plus")),
                         percent(row["forced_stop_rate"]), percent(row["natural_end_rate"]),
                         percent(row["empty_rate"]), percent(row["rep4"]),
@@ -39,16 +46,17 @@ def modes(metrics: Mapping[str, Any]) -> str:
 def gates(metrics: Mapping[str, Any]) -> str:
     """Posterior against the best gates on EOS that cost the text no more, chosen on the test itself."""
     rows = []
-    for kind in _KINDS:
-        front, ours = dig(metrics, "gate_front", kind), dig(metrics, "posterior", kind)
+    for suffix, kind in [(suffix, kind) for suffix in ("", "_resampled") for kind in _KINDS]:
+        front, ours = dig(metrics, f"gate_front{suffix}", kind), dig(metrics, f"posterior{suffix}", kind)
         if front is None or ours is None:
             continue
+        of = f", 1 of {ours['drawn_from']}" if "drawn_from" in ours else ""
         for name, words in (("equal_cost", "mix of two"), ("no_more_cost", "single gate")):
             if (found := front.get(name)) is not None:
                 rows.append(
                     [
-                        _words(kind), words, number(ours["ls"]), number(ours["kl_per_sequence"]), number(found["ls"]),
-                        number(found["kl_per_sequence"]), change(found["posterior_minus_gate"]),
+                        f"{_words(kind)}{of}", words, number(ours["ls"]), number(ours["kl_per_sequence"]),
+                        number(found["ls"]), number(found["kl_per_sequence"]), change(found["posterior_minus_gate"]),
                     ]
                 )  # fmt: skip
     if not rows:
@@ -59,24 +67,37 @@ def gates(metrics: Mapping[str, Any]) -> str:
 
 
 def targets(metrics: Mapping[str, Any]) -> str:
-    """Posterior, Equal To, by target, beside the best mix of gates at the cost that it has there."""
-    found = dig(metrics, "posterior", "equal_to", "by_target")
-    if not found:
+    """Posterior, Equal To, by target, beside the best mix of gates at the cost that it has there; a second table where
+    one of several answers was drawn."""
+    if not dig(metrics, "posterior", "equal_to", "by_target"):
         return "*Not measured yet: `lenvm eval lifebench --modes posterior`.*"
+    several = dig(metrics, "posterior_resampled", "equal_to")
+    if several is None:
+        return _targets(metrics, "")
+    return (
+        f"{_targets(metrics, '')}\n\nOne of {several['drawn_from']} answers, drawn by importance weight:\n\n"
+        f"{_targets(metrics, '_resampled')}"
+    )
+
+
+def _targets(metrics: Mapping[str, Any], suffix: str) -> str:
+    found = dig(metrics, f"posterior{suffix}", "equal_to", "by_target")
     rows = [
         [
             target, number(row["ls"]), percent(row["within_5pct"]), number(row["mean_length"], ".0f"),
             number(row["kl_per_sequence"]), percent(row["forced_stop_rate"]), percent(row["natural_end_rate"]),
-            change(dig(metrics, "gate_front", "equal_to", "by_target", target, "posterior_minus_gate")),
+            change(dig(metrics, f"gate_front{suffix}", "equal_to", "by_target", target, "posterior_minus_gate")),
         ]
         for target, row in sorted(found.items(), key=lambda item: int(item[0]))
     ]  # fmt: skip
     head = ["target (tokens)", "length score", "within 5 %", "mean length", "text cost (nats)", "forced stops",
             "natural ends", "score - that of gates at this cost (95 %)"]  # fmt: skip
     caps = metrics.get("tuning", {})
-    if "forced_cap" not in caps or not dig(caps, "posterior", "equal_to"):
+    if "forced_cap" not in caps or not dig(caps, f"posterior{suffix}", "equal_to"):
         return table(head, rows)
-    within = "" if dig(caps, "within_caps", "equal_to") is not False else " (none of the rules stayed within them)"
+    within = (
+        "" if dig(caps, f"within_caps{suffix}", "equal_to") is not False else " (none of the rules stayed within them)"
+    )
     told = (
         f"The rule was chosen on {caps['tasks']} other tasks for its length score, among those within "
         f"{number(caps['cost_cap'], 'g')} nats at targets of 64 and more and {percent(caps['forced_cap'])} forced "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from lenvm.evaluation.lifebench_gates import FREE, gate_guide
 from lenvm.guidance import Objective
 from lenvm.guides import ValueGuide
 from lenvm.prompts import DOMAINS, Prompt, load_prompts, select
+from lenvm.resampling import resample
 from lenvm.rollouts.sampling import LocalGenerator, stream_seed
 from lenvm.scoring import Scorer
 
@@ -33,6 +34,8 @@ _BY_DOMAIN = ("ks", "ks_null", "ks_null_95", "pairs", "logprob_gap", "natural_en
 class ConditionalSettings:
     """What is sampled: ``samples`` unguided answers of each prompt, then ``pairs_per_prompt`` guided ones an objective.
 
+    With ``answers`` above 1 there are so many guided answers a pair, of which one is drawn by importance weight
+    (``lenvm.resampling``); the first one alone is measured as well.
     ``prompts`` test prompts, as many of each domain, and ``tasks`` LIFEBench tasks without their requirement. ``apart``
     of the unguided answers choose the targets and the others are ranked among: a quarter unless given. ``part`` (k, n):
     every n-th prompt alone, for one of n processes.
@@ -42,6 +45,7 @@ class ConditionalSettings:
     tasks: int = 0
     samples: int = 64
     pairs_per_prompt: int = 3
+    answers: int = 1
     kinds: Sequence[Kind] = KINDS
     tolerances: Mapping[Kind, float] = field(
         default_factory=lambda: {"equal_to": 0.1, "at_most": 0.05, "at_least": 0.05}
@@ -65,6 +69,8 @@ class ConditionalSettings:
         if not 1 <= self.targets_from < self.samples:
             raise InvalidRequestError("some answers choose targets and some are ranked among: raise samples or change "
                                       "apart", param="samples")  # fmt: skip
+        if self.answers < 1:
+            raise InvalidRequestError(f"answers must be at least 1, not {self.answers}", param="answers")
         for kind in self.kinds:
             self.objective(kind, 1, self.tolerances[kind])  # raises for a bad number
 
@@ -89,7 +95,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Job:
-    """One answer to make; ``kind`` None is unguided."""
+    """One answer to make; ``kind`` None is unguided. ``answer``: which of a pair's guided ones."""
 
     prompt: _Asked
     number: int
@@ -98,6 +104,7 @@ class _Job:
     tolerance: float = 0.0
     strength: float = 1.0
     min_eos_prob: float = 0.0
+    answer: int = 0
     keeps_tokens: bool = False
 
     @property
@@ -107,10 +114,18 @@ class _Job:
         rule = f"{self.kind} tolerance={self.tolerance:g} strength={self.strength:g}"
         if self.min_eos_prob:  # files of before know nothing of it
             rule += f" min_eos_prob={self.min_eos_prob:g}"
-        return rule, self.prompt.id, self.target, self.number
+        pair = rule, self.prompt.id, self.target, self.number
+        return (*pair, self.answer) if self.answer else pair  # files of before know of one answer alone
+
+    @property
+    def stream(self) -> str:
+        """What its random numbers hang on, beside its number and the run's seed."""
+        if self.kind is None:
+            return self.prompt.id
+        return f"{self.prompt.id}/{self.kind}" + (f"/{self.answer}" if self.answer else "")
 
     def seed(self, run: int) -> int:
-        return stream_seed(self.prompt.id if self.kind is None else f"{self.prompt.id}/{self.kind}", self.number, run)
+        return stream_seed(self.stream, self.number, run)
 
 
 def run_conditional(
@@ -125,6 +140,7 @@ def run_conditional(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """``metrics``: ``kind -> conditional_metrics`` with ``by_domain``, and ``sampling`` (what was asked and left out).
+    With several ``answers`` a pair, each kind has them for the first of these, and ``resampled`` for the one drawn.
 
     Answers in ``work`` and ``others`` are used again where their settings match, and new ones go to ``work``; what is
     asked of a prompt hangs on that prompt alone, so that parts add up to the whole. Raises DataError where every prompt
@@ -140,9 +156,16 @@ def run_conditional(
         unguided = {name: [_sampled(store, job) for job in jobs] for name, jobs in unguided_jobs.items()}
         kept = [p for p in asked if np.mean([not a.finished for a in unguided[p.id]]) <= settings.most_cut]
         jobs = [job for prompt in kept for job in _guided_jobs(prompt, unguided[prompt.id], settings)]
-        run.sample("guided by value", jobs)
-        pairs = [(job, _pair(store, job, unguided[job.prompt.id], settings)) for job in jobs]
+        run.sample("guided by value", [each for job in jobs for each in _answers_of(job, settings)])
+        pairs = [(job, _pair(job, _sampled(store, job), unguided[job.prompt.id], settings)) for job in jobs]
+        drawn = [(job, *_drawn(store, job, settings)) for job in jobs] if settings.answers > 1 else []
     metrics: dict[str, Any] = {kind: _metrics(kind, pairs, settings) for kind in settings.kinds}
+    if settings.answers > 1:
+        resampled = [(job, _pair(job, answer, unguided[job.prompt.id], settings)) for job, answer, _ in drawn]
+        for kind in settings.kinds:
+            found = _metrics(kind, resampled, settings)
+            effective = [among for job, _, among in drawn if job.kind == kind]
+            metrics[kind]["resampled"] = found | ({"effective": float(np.mean(effective))} if effective else {})
     answers = [answer for found in unguided.values() for answer in found]
     metrics["sampling"] = {
         "prompts": len(asked),
@@ -150,6 +173,7 @@ def run_conditional(
         "prompts_mostly_cut": len(asked) - len(kept),
         "samples": settings.samples,
         "samples_for_targets": settings.targets_from,
+        "answers": settings.answers,
         "max_new_tokens": settings.max_new_tokens,
         "strength": settings.strength,
         "min_eos_prob": settings.min_eos_prob,
@@ -256,10 +280,28 @@ def _sampled(store: AnswerFile, job: _Job) -> Sampled:
     return Sampled(answer.length, answer.finished, answer.forced_stop, answer.text_cost, answer.logprob)
 
 
-def _pair(store: AnswerFile, job: _Job, unguided: Sequence[Sampled], settings: ConditionalSettings) -> Pair:
+def _answers_of(job: _Job, settings: ConditionalSettings) -> list[_Job]:
+    """The guided answers of a pair, the first one first: neighbours, so that they share their prompt's states."""
+    return [replace(job, answer=at) for at in range(settings.answers)]
+
+
+def _drawn(store: AnswerFile, job: _Job, settings: ConditionalSettings) -> tuple[Sampled, float]:
+    """The answer of a pair that is drawn by importance weight, and of how many there was a choice."""
     assert job.kind is not None  # guided jobs have one
-    ranked_among = unguided[settings.targets_from :]
-    return Pair(job.prompt.id, job.kind, job.target, job.tolerance, _sampled(store, job), ranked_among)
+    answers = [_sampled(store, each) for each in _answers_of(job, settings)]
+    draw = np.random.default_rng(stream_seed(f"{job.stream}/draw", job.number, settings.seed)).uniform()
+    found = resample(
+        settings.objective(job.kind, job.target, job.tolerance),
+        [answer.length for answer in answers],
+        [answer.text_cost for answer in answers],
+        draw,
+    )
+    return replace(answers[found.index], text_cost=found.text_cost), found.effective
+
+
+def _pair(job: _Job, guided: Sampled, unguided: Sequence[Sampled], settings: ConditionalSettings) -> Pair:
+    assert job.kind is not None  # guided jobs have one
+    return Pair(job.prompt.id, job.kind, job.target, job.tolerance, guided, unguided[settings.targets_from :])
 
 
 def _depends_on(

@@ -10,19 +10,20 @@ from typing import Any, TypeAlias
 from lenvm.backbones import encode_chat
 from lenvm.decoding import Guide, Request
 from lenvm.errors import InvalidRequestError
-from lenvm.evaluation.answers import AnswerFile
+from lenvm.evaluation.answers import Answer, AnswerFile
 from lenvm.evaluation.lifebench import Kind, Row, aggregate_modes, build_prompt, length_score, load_tasks
 from lenvm.evaluation.lifebench_compare import Points, compare, front_metrics
+from lenvm.evaluation.lifebench_draw import drawn
 from lenvm.evaluation.lifebench_gates import FREE, GateRule, gate_guide
 from lenvm.evaluation.lifebench_posterior import PosteriorRule
 from lenvm.evaluation.lifebench_tuning import Tuning, tuning_jobs, tuning_of
-from lenvm.evaluation.lifebench_work import MODES, Job, LifebenchSettings, Policy, fixed_policies, jobs_of
+from lenvm.evaluation.lifebench_work import MODES, RESAMPLED, Job, LifebenchSettings, Policy, fixed_policies, jobs_of
 from lenvm.guidance import Objective
 from lenvm.guides import ValueGuide
 from lenvm.rollouts.sampling import LocalGenerator, stream_seed
 from lenvm.scoring import Scorer
 
-__all__ = ["MODES", "LifebenchSettings", "pool_tokens", "run_lifebench"]
+__all__ = ["MODES", "RESAMPLED", "LifebenchSettings", "pool_tokens", "run_lifebench"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -55,27 +56,44 @@ def run_lifebench(
         runner = _Runner(generator, scorer, settings, store, progress)
         policies = fixed_policies(settings)
         # What waits for nothing runs first and together; only the rules that are tuned wait.
-        first = [job for (_, kind), policy in policies.items() for job in jobs_of(policy, kind, tests, settings)]
+        first = [
+            job
+            for (mode, kind), policy in policies.items()
+            for job in jobs_of(policy, kind, tests, settings, of=settings.drawn_from(mode))
+        ]
         runner.run(first + tuning_jobs(tuning, settings))
         tuned = tuning_of(store, tuning, settings)
         policies |= tuned.policies(settings)
         jobs = {
-            (mode, kind): jobs_of(policies[mode, kind], kind, tests, settings)
+            (mode, kind): jobs_of(policies[mode, kind], kind, tests, settings, of=settings.drawn_from(mode))
             for mode in settings.modes
             for kind in settings.kinds
         }
         fronts = {
-            kind: {
-                rule: jobs_of(rule, kind, tests, settings, keeps_tokens=False) for rule in tuned.front(kind, settings)
+            (mode, kind): {
+                rule: jobs_of(rule, kind, tests, settings, of=settings.drawn_from(mode), keeps_tokens=False)
+                for rule in tuned.front(kind, settings)
             }
+            for mode in ("eos_gate", "eos_gate_resampled")
+            if mode in settings.modes
             for kind in tuned.gates
         }
         runner.run(
             [job for front in fronts.values() for found in front.values() for job in found]
             + [job for found in jobs.values() for job in found]
         )
-        rows = [_row(mode, job, store) for (mode, _), found in jobs.items() for job in found]
-        points = {kind: {rule: _points(front[rule], store) for rule in front} for kind, front in fronts.items()}
+
+        def answers(mode: str, kind: Kind, found: Sequence[Job]) -> list[tuple[Job, Answer]]:
+            rule = policies.get(("posterior_resampled", kind), settings.posterior_grid[0])
+            assert isinstance(rule, PosteriorRule)
+            of = settings.drawn_from(mode)
+            return list(drawn(found, of, store, tolerance=rule.tolerance, seed=settings.seed))
+
+        rows = [_row(mode, *each) for (mode, kind), found in jobs.items() for each in answers(mode, kind, found)]
+        points = {
+            (mode, kind): {rule: _points(answers(mode, kind, found)) for rule, found in front.items()}
+            for (mode, kind), front in fronts.items()
+        }
     return _metrics(rows, policies, tuned, points, settings) | {
         "limits": _limits(rows, settings, generator.sampler.context),
         "tuning": tuned.to_dict(tuning, settings),
@@ -86,21 +104,24 @@ def _metrics(
     rows: Sequence[Row],
     policies: Mapping[tuple[str, Kind], Policy],
     tuned: Tuning,
-    points: Mapping[Kind, Mapping[GateRule, Points]],
+    points: Mapping[tuple[str, Kind], Mapping[GateRule, Points]],
     settings: LifebenchSettings,
 ) -> dict[str, Any]:
     metrics: dict[str, Any] = aggregate_modes(rows)
     for (mode, kind), policy in policies.items():
+        if mode not in settings.modes:
+            continue
         if not isinstance(policy, str):
             metrics[mode][kind]["rule"] = policy.to_dict()
-        elif policy != mode:
+        elif policy != RESAMPLED.get(mode, mode):
             metrics[mode][kind]["same_as"] = policy
+        if mode in RESAMPLED:
+            metrics[mode][kind]["drawn_from"] = settings.answers
     metrics["comparisons"] = {kind: compare(rows, kind, settings.modes) for kind in settings.kinds}
-    if tuned.gates:
-        metrics["gate_front"] = {
-            kind: front_metrics(front, [row for row in rows if (row.mode, row.kind) == ("posterior", kind)])
-            for kind, front in points.items()
-        }
+    for (mode, kind), front in points.items():
+        suffix = mode.removeprefix("eos_gate")
+        ours = [row for row in rows if (row.mode, row.kind) == (f"posterior{suffix}", kind)]
+        metrics.setdefault(f"gate_front{suffix}", {})[kind] = front_metrics(front, ours)
     return metrics
 
 
@@ -182,8 +203,7 @@ def _depends_on(generator: LocalGenerator, settings: LifebenchSettings, identity
     return {**identity, **shared, "generator": generator.describe(settings.params)["sha256"]}
 
 
-def _row(mode: str, job: Job, store: AnswerFile) -> Row:
-    answer = store[job]
+def _row(mode: str, job: Job, answer: Answer) -> Row:
     return Row(
         job.task.id,
         job.kind,
@@ -197,8 +217,8 @@ def _row(mode: str, job: Job, store: AnswerFile) -> Row:
     )
 
 
-def _points(jobs: Sequence[Job], store: AnswerFile) -> Points:
-    return [(length_score(store[job].length, job.target, job.kind), store[job].text_cost) for job in jobs]
+def _points(answers: Sequence[tuple[Job, Answer]]) -> Points:
+    return [(length_score(answer.length, job.target, job.kind), answer.text_cost) for job, answer in answers]
 
 
 def _limits(rows: Sequence[Row], settings: LifebenchSettings, context: int) -> dict[str, int]:

@@ -33,6 +33,7 @@ from lenvm_service.cli._output import (
 from lenvm_service.cli._session import load_generator, need, sample
 
 if TYPE_CHECKING:
+    from lenvm.decoding import Generation
     from lenvm.guidance import Objective
 
 __all__ = ["command"]
@@ -105,6 +106,18 @@ def command(
     ] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, rich_help_panel=_SAMPLING)] = 1024,
     n: Annotated[int, typer.Option("--n", min=1, max=1024, help="Answers.", rich_help_panel=_SAMPLING)] = 1,
+    best_of: Annotated[
+        int,
+        typer.Option(
+            "--best-of",
+            metavar="K",
+            min=1,
+            max=64,
+            rich_help_panel=_SAMPLING,
+            help="Sample K for each answer and draw one by importance weight: nearer to the length and to the model's "
+            "own text, for K times the work.",
+        ),
+    ] = 1,
     seed: SeedOption = 0,
     model: ModelOption = DEFAULT_MODEL,
     backbone: BackboneOption = None,
@@ -128,21 +141,27 @@ def command(
         raise typer.BadParameter(
             "0 is for unguided answers only: guidance scores every candidate", param_hint="--top-k"
         )
+    if best_of > 1 and (objective is None or objective.method != "posterior" or objective.kind == "scale"):
+        raise typer.BadParameter(
+            "answers are weighed by --equal-to, --at-most, --at-least or --tilt, by posterior", param_hint="--best-of"
+        )
+    if best_of > 1 and temperature == 0:
+        raise typer.BadParameter("greedy answers are all the same: raise --temperature", param_hint="--best-of")
     from lenvm.decoding import Request, SamplingParams
 
     backend = open_backend(url, model, device=device)
     facts = backend.facts
     ids = backend.encode(read_text(prompt), token_ids=token_ids)
-    guide = None if objective is None else backend.guide([objective] * n)
+    guide = None if objective is None else backend.guide([objective] * (n * best_of))
     if temperature is None:
         temperature = facts.temperature
     params = SamplingParams(temperature=temperature, top_k=top_k or None, max_new_tokens=max_new_tokens)
     generator, warnings = load_generator(facts, backbone, device=device)
-    requests = [Request(ids, seed + index) for index in range(n)]
-    generations = sample(generator, requests, params, guide)
+    requests = [Request(ids, seed + index) for index in range(n * best_of)]
+    drawn = _draw(sample(generator, requests, params, guide), objective, best_of)
     rows = [
-        {"index": index, **generation_fields(generation, objective, generator.tokenizer)}
-        for index, generation in enumerate(generations)
+        {"index": index, **generation_fields(generation, objective, generator.tokenizer), **more}
+        for index, (generation, more) in enumerate(drawn)
     ]
     backend.close()
     print_warnings(warnings)
@@ -153,6 +172,19 @@ def command(
         print_json({**head, "sampling": sampling, "generations": rows, "warnings": warnings})
     else:
         _print_answers(rows, objective)
+
+
+def _draw(
+    generations: list[Generation], objective: Objective | None, best_of: int
+) -> list[tuple[Generation, dict[str, Any]]]:
+    """One of each ``best_of`` answers, and what is told of the draw."""
+    if best_of == 1 or objective is None:
+        return [(generation, {}) for generation in generations]
+    from lenvm.resampling import resample_generations
+
+    groups = [generations[at : at + best_of] for at in range(0, len(generations), best_of)]
+    drawn = [resample_generations(objective, group) for group in groups]
+    return [(generation, {"drawn_from": best_of, "effective": found.effective}) for generation, found in drawn]
 
 
 def _print_answers(rows: list[dict[str, Any]], objective: Objective | None) -> None:

@@ -16,13 +16,19 @@ _KINDS = ("at_most", "at_least", "equal_to")
 
 
 def draw(metrics: Mapping[str, Any], folder: Path) -> list[Path]:
-    """A histogram of the ranks for each objective, with the band in which an exact sampler's bars would lie."""
+    """A histogram of the ranks for each objective, with the band in which an exact sampler's bars would lie; a second
+    row of them where one of several answers was drawn."""
     kinds = [kind for kind in _KINDS if metrics.get(kind, {}).get("pairs")]
+    answers = metrics.get("sampling", {}).get("answers", 1)
+    tables = [metrics] if answers == 1 else [metrics, {kind: metrics[kind]["resampled"] for kind in kinds}]
+    width = max(1, len(kinds))
     with styled():
-        figure, axes = new_figure(1, max(1, len(kinds)), width=3.2 * max(1, len(kinds)), height=3.2, sharey=True)
-        for at, (axis, kind) in enumerate(zip(axes, kinds, strict=False)):
-            _histogram(axis, kind, metrics[kind], colour(at))
-        axes[0].set_ylabel("density of guided answers")
+        figure, axes = new_figure(len(tables), width, width=3.2 * width, height=3.2 * len(tables), sharey=True)
+        for number, found in enumerate(tables):
+            own = axes[number * width : (number + 1) * width]
+            for at, (axis, kind) in enumerate(zip(own, kinds, strict=False)):
+                _histogram(axis, kind, found[kind], colour(at))
+            own[0].set_ylabel("density of guided answers" if number == 0 else f"one of {answers} answers")
         return [save(figure, folder / "conditional.svg")]
 
 

@@ -20,6 +20,7 @@ _LABELS = {
     "unguided": "prompt alone",
     "paper_value": "paper's rule, values",
     "paper_length": "paper's rule, lengths",
+    "posterior_resampled": "posterior, one of several",
 }
 
 
@@ -47,15 +48,17 @@ def _title(kind: str) -> str:
 def _scores_and_costs(metrics: Mapping[str, Any], modes: Sequence[str], kinds: Sequence[str], path: Path) -> Path:
     figure, axes = new_figure(1, len(kinds), width=3.4 * len(kinds), height=3.9, sharey=True)
     for axis, kind in zip(axes, kinds, strict=True):
-        front = metrics.get("gate_front", {}).get(kind)
-        if front:
+        for fronts, line, label in (("gate_front", "-", ""), ("gate_front_resampled", "--", ", one of several")):
+            front = metrics.get(fronts, {}).get(kind)
+            if not front:
+                continue
             points = sorted((row["kl_per_sequence"], row["ls"]) for row in front["rules"])
             costs, scores = zip(*_hull(points), strict=True)
             between = np.linspace(costs[0], costs[-1], 400)  # a mix's line is not straight on this axis
-            axis.plot(
-                between, np.interp(between, costs, scores), color=INK, linewidth=1, zorder=1, label="best mix of gates"
-            )
-            axis.plot(*zip(*points, strict=True), ".", color=INK, markersize=4, zorder=1, label="gates that were tuned")
+            mix, plain = np.interp(between, costs, scores), dict[str, Any](color=INK, zorder=1)
+            axis.plot(between, mix, line, linewidth=1, label=f"best mix of gates{label}", **plain)
+            if not label:
+                axis.plot(*zip(*points, strict=True), ".", markersize=4, label="gates that were tuned", **plain)
         for mode in modes:
             row = metrics[mode][kind]
             if "same_as" not in row:

@@ -46,6 +46,9 @@ def conditional(
     pairs_per_prompt: Annotated[
         int, typer.Option("--pairs-per-prompt", min=1, help="Guided answers of each prompt and objective.")
     ] = 3,
+    answers: Annotated[
+        int, typer.Option("--answers", min=1, help="Of each of these; one is drawn by importance weight.")
+    ] = 1,
     kinds: Annotated[
         str, typer.Option("--kinds", help="What is asked for, commas between them.")
     ] = "at_most,at_least,equal_to",
@@ -92,6 +95,7 @@ def conditional(
         tasks=tasks,
         samples=samples,
         pairs_per_prompt=pairs_per_prompt,
+        answers=answers,
         kinds=names(kinds),  # type: ignore[arg-type]  # checked by the settings
         tolerances={"equal_to": equal_tolerance, "at_most": tolerance, "at_least": tolerance},
         min_eos_prob=min_eos_prob,
@@ -150,19 +154,21 @@ def _print_conditional(metrics: Mapping[str, Any], kinds: Sequence[str]) -> None
                   text=("objective",))  # fmt: skip
     texts = table(["objective", "effective unguided", "gap log p/token", "95 %", "natural", "forced", "cost", "exact"],
                   text=("objective",))  # fmt: skip
-    for kind in kinds:
-        row = metrics[kind]
+    found = [(in_words(kind), metrics[kind]) for kind in kinds]
+    if sampling["answers"] > 1:
+        found += [(f"{in_words(kind)}, one of {sampling['answers']}", metrics[kind]["resampled"]) for kind in kinds]
+    for name, row in found:
         if not row["pairs"]:
-            console.print(f"{in_words(kind)}: no prompt has a target for it")
+            console.print(f"{name}: no prompt has a target for it")
             continue
         ranks.add_row(
-            in_words(kind), str(row["pairs"]),
+            name, str(row["pairs"]),
             *(number(row[name], ".3f") for name in ("ks", "ks_null", "ks_null_95", "ks_control", "ks_hard")),
             f"{percent(row['satisfied_rate'])} ({percent(row['satisfied_rate_exact'])})",
         )  # fmt: skip
         interval = ", ".join(f"{bound:+.3f}" for bound in row["logprob_gap_ci"])
         texts.add_row(
-            in_words(kind), number(row["effective_unguided"]), f"{row['logprob_gap']:+.3f}", interval,
+            name, number(row["effective_unguided"]), f"{row['logprob_gap']:+.3f}", interval,
             percent(row["natural_end_rate"]), percent(row["forced_stop_rate"]), number(row["text_cost"], ".2f"),
             number(row["text_cost_exact"], ".2f"),
         )  # fmt: skip

@@ -40,6 +40,9 @@ def lifebench(
     tasks: Annotated[int, typer.Option("--tasks", min=1, help="English tasks.")] = 100,
     tuning_tasks: Annotated[int, typer.Option("--tuning-tasks", min=1, help="Other tasks to tune the rules on.")] = 16,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers of each task and target.")] = 1,
+    answers: Annotated[
+        int, typer.Option("--answers", min=1, help="Above 1: also modes that draw one of so many by importance weight.")
+    ] = 1,
     modes: Annotated[
         str | None, typer.Option("--modes", help="Some of the modes, commas between them. Default: all.")
     ] = None,
@@ -87,7 +90,7 @@ def lifebench(
     """
     need("train")
     from lenvm.evaluation.lifebench_posterior import PosteriorRule
-    from lenvm.evaluation.run_lifebench import MODES, LifebenchSettings, pool_tokens, run_lifebench
+    from lenvm.evaluation.run_lifebench import MODES, RESAMPLED, LifebenchSettings, pool_tokens, run_lifebench
     from lenvm.scoring import TorchScorer
 
     check_writable(report, texts)
@@ -96,7 +99,8 @@ def lifebench(
         tasks=tasks,
         tuning_tasks=tuning_tasks,
         samples=samples,
-        modes=names(modes) if modes else MODES,
+        answers=answers,
+        modes=names(modes) if modes else MODES if answers == 1 else (*MODES, *RESAMPLED),
         kinds=names(kinds),  # type: ignore[arg-type]  # checked by the settings
         posterior_grid=[
             PosteriorRule(soft, strong, least)
@@ -152,14 +156,17 @@ def lifebench(
 
 
 def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str) -> None:
+    from lenvm.evaluation.results_lifebench import mode_name
+
     console = stdout_console()
     head = ["mode", "length score", "|deviation|", "within 5 %", "cost (nats)", "cost, 64+", "log p/token", "rep-4"]
     shown = table([*head, "forced", "natural", "empty"], text=("mode",))
     for mode in modes:
         row = metrics[mode][kind]
         shown.add_row(
-            mode, number(row["ls"]), percent(row["ld"]), percent(row["within_5pct"]), number(row["kl_per_sequence"]),
-            number(row["kl_per_sequence_64plus"]), number(row["logprob_per_token"], ".2f"), percent(row["rep4"]),
+            mode_name(mode, row), number(row["ls"]), percent(row["ld"]), percent(row["within_5pct"]),
+            number(row["kl_per_sequence"]), number(row["kl_per_sequence_64plus"]),
+            number(row["logprob_per_token"], ".2f"), percent(row["rep4"]),
             percent(row["forced_stop_rate"]), percent(row["natural_end_rate"]), str(row["empty"]),
         )  # fmt: skip
     title(console, f"LIFEBench, {in_words(kind).title()}")
@@ -168,22 +175,24 @@ def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str
         row = metrics[mode][kind]
         if "rule" in row:
             settings = (f"{name} {'none' if value is None else f'{value:g}'}" for name, value in row["rule"].items())
-            console.print(f"{in_words(mode)}: {', '.join(settings)}{_how_chosen(metrics, mode, kind)}")
+            console.print(f"{mode_name(mode, row)}: {', '.join(settings)}{_how_chosen(metrics, mode, kind)}")
         if "same_as" in row:
-            console.print(f"{in_words(mode)}: the same rule as {in_words(row['same_as'])}, so the same answers")
+            console.print(f"{mode_name(mode, row)}: the same rule as {in_words(row['same_as'])}, so the same answers")
     for name, found in metrics["comparisons"][kind].items():
         parts = (f"{key} {diff:+.1f} [{low:+.1f}, {high:+.1f}]" for key, (diff, low, high) in found.items())
         console.print(f"{in_words(name)}: {', '.join(parts)} (95 % intervals, resampled by task)")
-    front = metrics.get("gate_front", {}).get(kind, {})
-    for name, which in (("equal_cost", "the best mix of gates"), ("no_more_cost", "the best single gate")):
-        if name in front:
-            difference, low, high = front[name]["posterior_minus_gate"]
-            verdict = "beats" if low > 0 else "is beaten by" if high < 0 else "is not told apart from"
-            console.print(
-                f"At its text cost ({front['equal_cost']['posterior_kl_per_sequence']:.1f} nats) posterior {verdict} "
-                f"{which} on EOS (length score {front[name]['ls']:.1f}, {front[name]['kl_per_sequence']:.1f} nats): "
-                f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
-            )
+    for suffix in ("", "_resampled"):
+        front = metrics.get(f"gate_front{suffix}", {}).get(kind, {})
+        for name, which in (("equal_cost", "the best mix of gates"), ("no_more_cost", "the best single gate")):
+            if name in front:
+                difference, low, high = front[name]["posterior_minus_gate"]
+                verdict = "beats" if low > 0 else "is beaten by" if high < 0 else "is not told apart from"
+                console.print(
+                    f"At its text cost ({front['equal_cost']['posterior_kl_per_sequence']:.1f} nats) "
+                    f"{in_words(f'posterior{suffix}')} {verdict} {which} on EOS{in_words(suffix)} (length score "
+                    f"{front[name]['ls']:.1f}, {front[name]['kl_per_sequence']:.1f} nats): "
+                    f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+                )
     limits = metrics["limits"]
     if limits["limited_by_context"]:
         console.print(f"{limits['limited_by_context']} answers met the end of the context ({limits['context']} tokens)")
@@ -192,12 +201,13 @@ def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str
 
 def _how_chosen(metrics: Mapping[str, Any], mode: str, kind: str) -> str:
     tuning = metrics["tuning"]
-    if mode == "eos_gate" and kind in tuning["gates"]:
+    if mode.startswith("eos_gate") and kind in tuning["gates"]:
         return " (tuned on other tasks)"
-    if mode != "posterior" or kind not in tuning["posterior"]:
+    if kind not in tuning.get(mode, {}):
         return ""
     caps = f"{tuning['cost_cap']:g} nats and {percent(tuning['forced_cap'])} forced stops"
-    return f" (tuned on other tasks), {'' if tuning['within_caps'][kind] else 'none '}within {caps}"
+    within = tuning[f"within_caps{mode.removeprefix('posterior')}"][kind]
+    return f" (tuned on other tasks), {'' if within else 'none '}within {caps}"
 
 
 def _write_texts(path: Path, rows: Sequence[Any], tokenizer: Any) -> None:
