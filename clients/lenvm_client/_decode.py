@@ -18,6 +18,7 @@ from lenvm_client.errors import BadAnswerError
 
 T = TypeVar("T")
 Path: TypeAlias = "str | tuple[Path, str | int]"
+_LARGE = 1e300  # numbers below are finite
 Converter: TypeAlias = Callable[[Any, Path], Any]  # a JSON value and its path -> what the field holds
 
 
@@ -45,7 +46,7 @@ def decode(cls: type[T], data: Any, path: Path = "answer") -> T:
         if value is None:
             if required:
                 raise BadAnswerError(f"{_shown(path)} has no {name}: client and service versions may not fit")
-        elif type(value) is plain:  # nothing to look at
+        elif type(value) is plain and (plain is str or -_LARGE < value < _LARGE):  # nothing to look at
             values[name] = value
         else:
             values[name] = convert(value, (path, name))
@@ -71,7 +72,7 @@ def _fields(cls: Any) -> tuple[tuple[str, Converter, bool, type[Any] | None], ..
             field.name,
             _converter(hints[field.name]),
             field.default is missing and field.default_factory is missing,
-            str if hints[field.name] in (str, str | None) else None,
+            next((kind for kind in (str, int, float) if hints[field.name] in (kind, kind | None)), None),
         )
         for field in dataclasses.fields(cls)
     )
@@ -99,7 +100,8 @@ def _tuple(kind: Any, convert: Converter, value: Any, path: Path) -> tuple[Any, 
         raise _unfit(path, "a list", value)
     if kind in (int, float) and set(map(type, value)) == {kind}:
         with contextlib.suppress(OverflowError):  # an integer that no float can hold: refused below, by its place
-            if all(map(math.isfinite, value)):
+            # No sum is finite that holds what is not; where finite numbers have none, each is looked at.
+            if math.isfinite(sum(value)) or all(map(math.isfinite, value)):
                 return tuple(value)
     return tuple(convert(item, (path, at)) for at, item in enumerate(value))
 
@@ -147,10 +149,18 @@ def _union(kinds: list[Any], value: Any, path: Path) -> Any:
     if value.get("error") is not None:
         return decode(RowError, value, path)
     rows = [kind for kind in kinds if kind is not RowError]
-    fitting = (
-        kind for kind in rows if all(value.get(name) is not None for name, _, required, _ in _fields(kind) if required)
-    )
-    return decode(next(fitting, rows[0]), value, path)
+    for kind in rows:
+        for name in _required(kind):
+            if value.get(name) is None:
+                break
+        else:
+            return decode(kind, value, path)
+    return decode(rows[0], value, path)
+
+
+@functools.cache
+def _required(cls: Any) -> tuple[str, ...]:
+    return tuple(name for name, _, required, _ in _fields(cls) if required)
 
 
 def _unfit(path: Path, wanted: str, value: Any) -> BadAnswerError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import email.utils
+import functools
 import json
 import math
 import re
@@ -229,17 +230,22 @@ def _row(item: Input, kind: type[PredictInput] | type[CompletionInput]) -> dict[
 def _plain(value: Any) -> Any:
     """Typed inputs as mappings without the fields that were not given, at any depth of lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        given = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        if given.get("session") is None:
+        given = {name: field for name in _names(type(value)) if (field := getattr(value, name)) is not None}
+        if "session" not in given:
             given.pop("append", None)
         if not len(given.get("eos_ids", ())):
             given.pop("eos_ids", None)
         if given.get("return_values", False):
             del given["return_values"]
-        return {name: field for name, field in given.items() if field is not None}
+        return given
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+@functools.cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def _dump(body: Any) -> bytes:

@@ -40,7 +40,8 @@ def resample(
 
     Args:
         objective: as it was sent; method posterior, kind equal_to, at_most, at_least or tilt.
-        lengths: content tokens of each answer; of one that was cut, those it has.
+        lengths: of each answer, in the objective's unit (content tokens unless it says another); of one that was cut,
+            what it has.
         text_costs: ``RowReport.text_cost`` of each, nats.
         rng: what draws; by default the module's own generator.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ import torch
 from transformers import StoppingCriteria
 
 from lenvm.decoding import Candidates, Request, Sampler, SamplingParams
-from lenvm_client import GuidanceReport, GuidedDecoder, InvalidRequestError, ServiceUnreachableError
+from lenvm_client import (
+    GuidanceReport,
+    GuidedDecoder,
+    InvalidRequestError,
+    ServiceUnreachableError,
+    TextAdapter,
+    resample,
+)
 from lenvm_client.drivers.hf import LenVMLogitsProcessor, generate
 from tests.unit.client_fakes import FakeScorer
 
@@ -90,6 +98,59 @@ def run(
     sequences, report = generate(model, scorer, inputs, **options)
     ends = (EOS, *options.get("stop_token_ids", ()))
     return answers(sequences, inputs["input_ids"].shape[1], ends), report
+
+
+class TestBestOf:
+    """One of several answers: which, and what is told of it."""
+
+    WANTED = (
+        {"kind": "at_most", "target": 7},
+        {"kind": "tilt", "lambda": 0.2},
+        None,
+        {"kind": "at_least", "target": 9},
+    )
+
+    def test_one_of_each_prompts_answers_is_drawn_by_its_weight(self, model: Any) -> None:
+        seeds = list(range(100, 112))
+        options: dict[str, Any] = {"stop_token_ids": (STOP,), "seeds": seeds}
+        wanted = [objective for objective in self.WANTED for _ in range(3)]
+        every, told = run(model, FakeScorer(), [p for p in PROMPTS for _ in range(3)], objectives=wanted, **options)
+        found, report = run(model, FakeScorer(), PROMPTS, objectives=self.WANTED, best_of=3, **options)
+        assert len(found) == len(report.rows) == 4
+        for at, (answer, objective) in enumerate(zip(found, self.WANTED, strict=True)):
+            own, rows = every[3 * at : 3 * at + 3], told.rows[3 * at : 3 * at + 3]
+            if objective is None:
+                assert (answer, report.rows[at]) == (own[0], rows[0])
+                continue
+            lengths = [len(each) - (each[-1] in (EOS, STOP)) for each in own]
+            expected = resample(objective, lengths, [row.text_cost for row in rows], rng=Random(seeds[3 * at]))
+            assert answer == own[expected.index]
+            assert report.rows[at].text_cost == pytest.approx(expected.text_cost)
+            assert report.rows[at].steps == len(answer)
+
+    def test_without_seeds_torch_draws(self, model: Any) -> None:
+        def once(seed: int) -> Any:
+            torch.manual_seed(seed)
+            found, report = run(model, FakeScorer(), PROMPTS[:2], objectives=TILT, best_of=4)
+            return found, report.rows
+
+        assert once(3) == once(3)
+        assert len({str(once(seed)) for seed in range(4)}) > 1
+
+    def test_what_does_not_fit(self, model: Any) -> None:
+        words = TextAdapter(lambda ids: " ".join(map(str, ids)))
+        for options, message in (
+            ({"best_of": 0}, "at least 1"),
+            ({"best_of": 2, "num_beams": 2}, "num_beams"),
+            ({"best_of": 2, "num_return_sequences": 2}, "num_return_sequences"),
+            ({"best_of": 2, "temperature": 0.0}, "finite"),
+            ({"best_of": 2, "objectives": SCALE}, "posterior"),
+            ({"best_of": 2, "return_dict_in_generate": True}, "return_dict_in_generate"),
+            ({"best_of": 2, "seeds": [1, 2]}, "seeds"),
+            ({"best_of": 2, "objectives": {**OTHER, "unit": "words"}, "text": words}, "counts tokens"),
+        ):
+            with pytest.raises(InvalidRequestError, match=message):
+                run(model, FakeScorer(), PROMPTS[:2], **{"objectives": TILT, "max_new_tokens": 4, **options})
 
 
 class After(StoppingCriteria):  # type: ignore[misc]

@@ -211,6 +211,10 @@ def test_a_report_by_hand() -> None:
     assert report["pinball"] == pytest.approx(np.mean(expected))
     constants = [pinball_loss(z, [81, 121, 201, 2048], q).mean() for q, z in ((0.5, 101), (0.9, 401), (0.95, 401))]
     assert report["pinball_constant"] == pytest.approx(np.mean(constants))
+    # Of two samples each is what is known of the other.
+    halves = [(81, 121), (121, 81), (201, 2048), (2048, 201)]
+    own = [pinball_loss(known, judged, q) for known, judged in halves for q in quantiles]
+    assert report["pinball_own"] == pytest.approx(np.mean(own))
     baselines = report["baselines"]
     assert baselines["constant"] == pytest.approx((0.0 + 1024.0 / 1124.0) / 2)  # 100: weight 1/100 against 1/400
     assert baselines["constant_mean"] == pytest.approx((1.5 + 874.0 / 1124.0) / 2)

@@ -23,6 +23,7 @@ from transformers import (
 from lenvm_client._core import OnError
 from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, uniform
 from lenvm_client._types import CandidateScorer
+from lenvm_client.drivers._best_of import drawn, repeated
 from lenvm_client.drivers._logits import top
 from lenvm_client.errors import InvalidRequestError
 from lenvm_client.guided import GuidedDecoder, TextAdapter
@@ -216,6 +217,7 @@ def generate(
     do_sample: bool | None = None,
     stop_token_ids: Iterable[int] = (),
     seeds: Sequence[int] | None = None,
+    best_of: int = 1,
     on_error: OnError = "passthrough",
     text: TextAdapter | None = None,
     **generate_kwargs: Any,
@@ -229,11 +231,19 @@ def generate(
         do_sample: False for greedy decoding and beam search, at temperature 1; by default ``temperature > 0``.
         stop_token_ids: end an answer as the model's EOS ids do.
         seeds: one for each sequence: draws that do not depend on the batch.
+        best_of: above 1 each prompt gets so many answers, of which one is returned, drawn by importance weight (see
+            ``lenvm_client.resample``): nearer to the objective at no more text cost, for that many times the work.
+            Sampling without beams; posterior objectives. ``seeds`` are then ``best_of`` for each prompt.
         on_error, text: see ``GuidedDecoder``.
         generate_kwargs: the rest goes to ``model.generate``, e.g. ``max_new_tokens``, ``num_beams``.
 
     Raises LenVMClientError: see ``GuidedDecoder``; InvalidRequestError for arguments that do not fit each other.
     """
+    if best_of != 1:
+        return _best_of(
+            model, scorer, inputs, objectives, best_of, seeds, temperature=temperature, top_k=top_k,
+            do_sample=do_sample, stop_token_ids=list(stop_token_ids), on_error=on_error, text=text, **generate_kwargs,
+        )  # fmt: skip
     if getattr(model.config, "is_encoder_decoder", False):
         raise InvalidRequestError("the model must be a decoder: prompt and answer are one sequence", param="model")
     refused = sorted({*_WARPERS, "input_ids", "attention_mask", "watermarking_config"} & generate_kwargs.keys())
@@ -259,8 +269,7 @@ def generate(
     each = [objectives] * len(ids) if objectives is None or isinstance(objectives, Mapping) else list(objectives)
     if len(each) != len(ids):
         raise InvalidRequestError(f"{len(ids)} prompts need as many objectives, not {len(each)}", param="objectives")
-    eos = setting("eos_token_id")
-    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos_ids = _as_ids(setting("eos_token_id"))
     # Room for beams that ended: they are reported when the others have ended too.
     room = max(8192, 64 * count * beams)
     decoder = GuidedDecoder(
@@ -300,6 +309,35 @@ def generate(
     if beams == 1 and count == len(ids) and not ending and not ahead and text is None and room > 0:
         device = processor.on_device(model.config.get_text_config().vocab_size, room)
     return _run(model, given, generate_kwargs, processor, device, sampled=sampling)
+
+
+def _best_of(
+    model: Any,
+    scorer: CandidateScorer,
+    inputs: Any,
+    objectives: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
+    of: int,
+    seeds: Sequence[int] | None,
+    **options: Any,
+) -> tuple[Any, GuidanceReport]:
+    if of < 1:
+        raise InvalidRequestError(f"best_of must be at least 1, not {of}", param="best_of")
+    settings = {**vars(model.generation_config), **_fields(options.get("generation_config")), **options}
+    if (settings.get("num_beams") or 1) > 1 or (settings.get("num_return_sequences") or 1) > 1:
+        message = "best_of goes with sampling, one answer to a prompt: leave num_beams and num_return_sequences out"
+        raise InvalidRequestError(message, param="best_of")
+    ids = _checked_ids(dict(inputs).get("input_ids") if isinstance(inputs, Mapping) else inputs)
+    each = [objectives] * len(ids) if objectives is None or isinstance(objectives, Mapping) else list(objectives)
+    if any((objective or {}).get("unit", "tokens") != "tokens" for objective in each):
+        raise InvalidRequestError("best_of counts tokens: leave unit out, or use resample yourself", param="unit")
+    wanted = [objective for objective in each for _ in range(of)]
+    output, report = generate(model, scorer, repeated(inputs, of), objectives=wanted, seeds=seeds, **options)
+    ends = {*_as_ids(settings.get("eos_token_id")), *options["stop_token_ids"]}
+    return drawn(output, report, width=ids.shape[1], ends=ends, objectives=each, of=of, seeds=seeds)
+
+
+def _as_ids(eos: int | Sequence[int] | None) -> list[int]:
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 def _run(

@@ -59,7 +59,9 @@ def quantile_metrics(
 
     ``remaining``: l of each prompt's samples, anything above ``cap`` for a cut one; ``train``: l of train samples, to
     fit the constant quantiles of ``pinball_constant`` on. NaN where there are no quantiles. ``pinball`` counts a length
-    or quantile above the cap as the cap. ``reliability``: coverage at each level of ``GRID`` that was predicted.
+    or quantile above the cap as the cap. ``pinball_own``: of the quantiles of one half of a prompt's own samples,
+    judged on the other half, and the other way round: what so many samples of the very prompt would tell.
+    ``reliability``: coverage at each level of ``GRID`` that was predicted.
     """
     counts = np.asarray([len(lengths) for lengths in remaining])
     pooled = np.concatenate(list(remaining))
@@ -83,12 +85,26 @@ def quantile_metrics(
         constant_losses.append(float(pinball_loss(constant, outcome, level).mean()))
     report["pinball"] = float(np.mean(losses))
     report["pinball_constant"] = float(np.mean(constant_losses))
+    report["pinball_own"] = _own_pinball([np.minimum(lengths, cap) for lengths in remaining])
     report["reliability"] = {
         f"{level:g}": float(_covered(pooled, np.repeat(values, counts), beyond, level, cap).mean())
         for level in GRID
         if np.isfinite(values := _values(predictions, level)).all()
     }
     return report
+
+
+def _own_pinball(remaining: Sequence[FloatArray]) -> float:
+    """NaN where a prompt's samples cannot be halved."""
+    if min(map(len, remaining), default=0) < 2:
+        return float("nan")
+    losses = [
+        pinball_loss(np.quantile(known, level, method="inverted_cdf"), judged, level)
+        for lengths in remaining
+        for known, judged in ((lengths[::2], lengths[1::2]), (lengths[1::2], lengths[::2]))
+        for level in LEVELS
+    ]
+    return float(np.concatenate(losses).mean())
 
 
 def _values(predictions: Sequence[Prediction], level: float) -> FloatArray:

@@ -82,10 +82,13 @@ def _prediction(metrics: Metrics) -> str:
         [
             _DOMAINS[name], *(percent(row.get(f"coverage_{level}")) for level in ("p50", "p90", "p95")),
             percent(row.get("saturated_p90")), number(row.get("pinball")), number(row.get("pinball_constant")),
+            *([number(row["pinball_own"])] if "pinball_own" in row else []),
         ]
         for name, row in metrics.items() if name in _DOMAINS
     ]  # fmt: skip
     quantiles = ["domain", "p50 covers", "p90 covers", "p95 covers", "p90 saturated", "pinball", "constant quantiles"]
+    if len(spread[0]) > len(quantiles):
+        quantiles.append("half of the own samples")
     return "\n\n".join([table(head, rows), *_gains(metrics), table(quantiles, spread)])
 
 
