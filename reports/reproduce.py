@@ -72,7 +72,7 @@ class Sizes:
                 "test": few, "calibration": few,
                 "prediction": "--probe-prompts 0", "conditional": "--max-new-tokens 32",
                 "lifebench": "--front 2", "tradeoff": "--prompts 2 --samples 1 --max-new-tokens 32 --sets ifeval "
-                "--least-pass 0", "tokens": "--answers 4 --min-count 2 --min-prompts 2 --no-examples",
+                "--least-pass 0", "tokens": "--resample 4 --min-count 2 --min-prompts 2 --no-examples",
                 "ablation": f"{small} --steps 1", "scaling": f"{small} --steps 1",
                 "bench-rollout": "--prompts 2 --samples 1", "bench-training": "--tiny",
                 "scheduling": "--requests 300 --seeds 2 --tuning-seeds 1",
@@ -168,7 +168,7 @@ def _lifebench(add, lenvm, options, sizes, on, fast, out, made) -> None:  # type
         f"{lenvm} eval lifebench --data {options.data} --model {options.model} --device {on} --dtype {fast} "
         f"--targets {sizes.targets} --tasks {sizes.tasks} --tuning-tasks {sizes.tuning} "
         # Below what is asked of the test (8 nats, 5 %): a choice looks better on the tasks that it was made on.
-        "--cost-cap 7.7 --forced-cap 0.03 --answers 4 "
+        "--cost-cap 7.7 --forced-cap 0.03 --resample 4 "
         f"--tolerance 0.01,0.015,0.02 --min-eos-prob 0.001,0.002,0.004 --max-rows {options.guided_rows}"
     )
     guided = "posterior,posterior_resampled,paper_value,paper_length"
@@ -189,7 +189,7 @@ def _conditional(add, each, lenvm, options, sizes, on, fast, out, made) -> None:
     work = options.work
     base = (
         f"{lenvm} eval conditional --data {options.data} --model {options.model} --device {on} --dtype {fast} "
-        f"--prompts {sizes.prompts} --samples {max(8, sizes.samples)} --pairs-per-prompt 5 --answers 4 "
+        f"--prompts {sizes.prompts} --samples {max(8, sizes.samples)} --pairs-per-prompt 5 --resample 4 "
         f"--max-rows {options.guided_rows}"
     )
     parts = each("conditional", f"{base} --part {{part}} --work {work}/conditional-{{i}}.jsonl", *made)

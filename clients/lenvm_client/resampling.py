@@ -18,13 +18,13 @@ _TOLERANCE = 0.05  # the service's default
 @dataclass(frozen=True)
 class Resampled:
     """The answer that was drawn: its ``index``; ``text_cost``, nats, which counts the choice too (its mean is no less
-    than the KL of the drawn answers from unguided ones); the ``probabilities`` that it was drawn by; and ``effective``,
-    of how many answers there was a choice (1 to as many as were given)."""
+    than the KL of the drawn answers from unguided ones); the ``probabilities`` that it was drawn by; and the
+    ``effective_sample_size``, of how many answers there was a choice (1 to as many as were given)."""
 
     index: int
     text_cost: float
     probabilities: tuple[float, ...]
-    effective: float
+    effective_sample_size: float
 
 
 def resample(
@@ -34,9 +34,9 @@ def resample(
     *,
     rng: random.Random | None = None,
 ) -> Resampled:
-    """Draw one of several guided answers to the same prompt and objective, so that it follows the law that guidance
-    aims at more closely than any single one: the generator's own answers, each accepted by its length (sampling
-    importance resampling, Rubin 1987).
+    """Draw one of several independent guided answers (of different seeds) to the same prompt and objective, so that it
+    follows the law that guidance aims at more closely than any single one: the generator's own answers, each accepted
+    by its length (sampling importance resampling, Rubin 1987).
 
     Args:
         objective: as it was sent; method posterior, kind equal_to, at_most, at_least or tilt.
@@ -46,7 +46,7 @@ def resample(
         rng: what draws; by default the module's own generator.
 
     Raises InvalidRequestError for no answers, lists of different lengths, answers without a text cost (greedy decoding,
-    beams), and objectives that say nothing about one answer's length (paper, scale).
+    beams), and objectives that say nothing about one answer's length (paper, scale) or are none.
     """
     count = len(lengths)
     if not count or len(text_costs) != count:
@@ -72,10 +72,18 @@ def _log_utility(objective: Mapping[str, Any], length: int) -> float:
             "answers are weighed for posterior equal_to, at_most, at_least and tilt alone", param="objective"
         )
     if kind == "tilt":
-        return -float(objective["lambda"]) * length
-    target = float(objective["target"])
-    given = objective.get("tolerance")
-    beyond = (length - target) / max(1.0, (_TOLERANCE if given is None else float(given)) * target)
+        return -_number(objective, "lambda", -math.inf) * length
+    target = _number(objective, "target", 0.0)
+    tolerance = _TOLERANCE if objective.get("tolerance") is None else _number(objective, "tolerance", 0.0)
+    beyond = (length - target) / max(1.0, tolerance * target)
     if (kind == "at_most" and beyond < 0.0) or (kind == "at_least" and beyond > 0.0):
         return 0.0
     return -abs(beyond)
+
+
+def _number(objective: Mapping[str, Any], name: str, least: float) -> float:
+    value = objective.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        wanted = "a finite number" + (f" of at least {least:g}" if math.isfinite(least) else "")
+        raise InvalidRequestError(f"{name} must be {wanted}, got {value!r}", param=name)
+    return float(value)

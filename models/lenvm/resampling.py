@@ -4,7 +4,8 @@ Posterior guidance aims at ``p(y) u(L(y))`` and reaches it exactly only with exa
 off it is: guidance made it ``exp(text_cost)`` times as likely as the generator would, so that it stands for
 ``w = u(L) exp(-text_cost)`` of the law that was aimed at. Of K independent answers one is drawn by these weights
 (sampling importance resampling: Rubin 1987, *JASA* 82, 543-546); as K grows its law becomes ``p(y) u(L(y))`` itself,
-whatever the values are.
+whatever the values are. That is so among the answers that may be sampled at all: ``p`` is the generator with the
+sampler's truncation and ``max_new_tokens``, and without the ends that ``min_eos_prob`` takes away.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,10 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from lenvm.errors import InvalidRequestError
 from lenvm.guidance import Objective, log_utility
 
-if TYPE_CHECKING:
-    from lenvm.decoding import Generation
+__all__ = ["Resampled", "resample", "resample_answers"]
 
-__all__ = ["Resampled", "resample", "resample_generations"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,20 @@ class Resampled:
 
     ``text_cost`` (nats) is ``log u(L) - log mean w``: its own text cost and what the choice adds, ``log(K x its
     probability)``. Its mean is never below the KL divergence of the drawn answers' law from the generator's (it is the
-    KL of draw and proposals together), and with one answer it is that answer's text cost. ``probabilities`` [K] are
-    what was drawn from; ``effective`` is ``(sum w)^2 / sum w^2``: of how many answers there was a choice, 1 to K.
+    KL of draw and proposals together, at most ``log K`` above it), and with one answer it is that answer's text cost.
+    ``probabilities`` [K] are what was drawn from; ``effective_sample_size`` is ``(sum w)^2 / sum w^2``, 1 to K: of how
+    many answers there was a choice.
     """
 
     index: int
     text_cost: float
     probabilities: NDArray[np.float64]
-    effective: float
+    effective_sample_size: float
 
 
 def resample(objective: Objective, lengths: ArrayLike, text_costs: ArrayLike, draw: float) -> Resampled:
-    """Draw one of K answers of the same prompt: ``lengths`` [K] in content tokens (of an answer that was cut, those it
-    has), ``text_costs`` [K] in nats, ``draw`` uniform in [0, 1).
+    """Draw one of K independent answers to the same prompt: ``lengths`` [K] in content tokens (of an answer that was
+    cut, those it has), ``text_costs`` [K] in nats, ``draw`` uniform in [0, 1).
 
     The objective's ``strength`` and ``min_eos_prob`` shape what is sampled; ``u`` depends on kind, target and tolerance
     (or lambda) alone. Raises InvalidRequestError for no answers, shapes that disagree, text costs that are not finite
@@ -72,14 +73,16 @@ def resample(objective: Objective, lengths: ArrayLike, text_costs: ArrayLike, dr
         index=index,
         text_cost=float(log_u[index]) - (total - math.log(len(length))),
         probabilities=probabilities,
-        effective=float(1.0 / (probabilities**2).sum()),
+        effective_sample_size=float(1.0 / (probabilities**2).sum()),
     )
 
 
-def resample_generations(objective: Objective, generations: Sequence[Generation]) -> tuple[Generation, Resampled]:
-    """``resample`` for answers of the sampler: the one that was drawn, with the text cost of the draw. Its uniform
-    number follows from the answers' seeds."""
-    draw = float(np.random.default_rng([generation.seed for generation in generations]).uniform())
-    lengths = [len(generation.token_ids) for generation in generations]
-    found = resample(objective, lengths, [generation.text_cost for generation in generations], draw)
-    return replace(generations[found.index], text_cost=found.text_cost), found
+def resample_answers(objective: Objective, answers: Sequence[T], draw: float) -> tuple[T, Resampled]:
+    """``resample`` for answers that are dataclasses with ``length`` and ``text_cost``, as the sampler's are: the one
+    that was drawn, with the text cost of the draw."""
+    found = resample(objective, [_of(each).length for each in answers], [_of(each).text_cost for each in answers], draw)
+    return replace(_of(answers[found.index]), text_cost=found.text_cost), found
+
+
+def _of(answer: Any) -> Any:
+    return answer

@@ -24,7 +24,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client: it has that long for its first request."""
         super().connection_made(transport)
-        self._since = self.loop.time()
+        self._since = self.loop.time()  # the last request began, or the connection
         self._arriving = self._in_head = False  # a request; and its header fields are not whole yet
         self._head_bytes = 0
         self._resumed = False  # the parser is being told of a request that was read already
@@ -52,11 +52,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._reading = self.loop.call_later(self.read_timeout_s, self._too_slow)
 
     def owes_answer(self, patience_s: float) -> bool:
-        """A request that nobody serves yet is on its way: a part of it is here, or the connection is younger than that
-        and its first one has not come."""
-        if self.transport.is_closing():
-            return False
-        return self._in_head or (self.cycle is None and self.loop.time() - self._since < patience_s)
+        """A request that nobody serves yet may be on its way: its head has begun to arrive, or the connection is new;
+        but neither longer ago than that."""
+        waits = self._in_head or self.cycle is None
+        return waits and not self.transport.is_closing() and self.loop.time() - self._since < patience_s
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
@@ -81,6 +80,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         if not self._resumed:
+            self._since = self.loop.time()
             self._arriving = self._in_head = True
             self._head_bytes = 0
             super().on_message_begin()

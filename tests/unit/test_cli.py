@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -314,23 +313,25 @@ def test_generate_unguided_and_guided(run_json: Any, checkpoint: Path) -> None:
 
 
 def test_generate_draws_one_of_several(run: Any, run_json: Any, checkpoint: Path) -> None:
-    options = ("generate", "hello", "--equal-to", 12, "--model", checkpoint, "--max-new-tokens", 40, "--seed", 5)
-    each = run_json(*options, "--n", 6)["generations"]
-    found = run_json(*options, "--n", 2, "--best-of", 3)["generations"]
-    assert [row["index"] for row in found] == [0, 1]
-    for row, group in zip(found, (each[:3], each[3:]), strict=True):
-        assert row["token_ids"] in [single["token_ids"] for single in group]
-        assert row["drawn_from"] == 3
-        assert 1.0 <= row["effective"] <= 3.0
-        chosen = next(single for single in group if single["seed"] == row["seed"])
-        assert chosen["token_ids"] == row["token_ids"]
-        assert row["text_cost"] <= chosen["text_cost"] + math.log(3) + 1e-9
-    assert found == run_json(*options, "--n", 2, "--best-of", 3)["generations"]
+    options = ("generate", "hello", "--equal-to", 12, "--model", checkpoint, "--max-new-tokens", 40)
+    found = run_json(*options, "--seed", 5, "--n", 3, "--resample", 3)["generations"]
+    assert [(row["index"], row["seed"]) for row in found] == [(0, 5), (1, 6), (2, 7)]
+    for row in found:
+        assert row["resampled_from"] == 3
+        assert 1.0 <= row["effective_sample_size"] <= 3.0
+        # The seed alone says which answer it is, and no two of them share what they are drawn from.
+        (again,) = run_json(*options, "--seed", row["seed"], "--resample", 3)["generations"]
+        assert again["token_ids"] == row["token_ids"]
+        for name in ("text_cost", "effective_sample_size"):
+            assert again[name] == pytest.approx(row[name], rel=1e-4)
+    assert len({tuple(row["token_ids"]) for row in found}) == 3
+    shown = " ".join(run(*options, "--resample", 3)[1].split())
+    assert "Each drawn from 3, effective sample size" in shown
     for wrong in (("--scale", 0.5), ("--equal-to", 9, "--method", "paper"), ()):
-        status, _, err = run("generate", "hello", *wrong, "--best-of", 2, "--model", checkpoint)
+        status, _, err = run("generate", "hello", *wrong, "--resample", 2, "--model", checkpoint)
         assert status == 2
         assert "answers are weighed by" in " ".join(err.split())
-    status, _, err = run(*options, "--best-of", 2, "--temperature", 0)
+    status, _, err = run(*options, "--resample", 2, "--temperature", 0)
     assert status == 2
     assert "greedy answers" in " ".join(err.split())
 

@@ -120,7 +120,7 @@ def test_lifebench_says_which_gate_and_whether_it_is_beaten(
     tuned = ["--tolerance", "0.05,0.2", "--cost-cap", "9", "--forced-cap", "0.5"]
     assert main([*command, *tuned, "--report", str(report), "--figures", str(drawn)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("(tuned on other tasks)") == 4  # the gate and posterior, of two kinds
+    assert shown.count("(tuned on other tasks") == 4  # the gate and posterior, of two kinds
     assert len(re.findall(r"within 9 nats and 50.0 % forced stops", shown)) == 2
     assert len(re.findall(r"At its text cost \(\S+ nats\) posterior .*? the best mix of gates on EOS", shown)) == 2
     assert sorted(path.name for path in drawn.iterdir()) == [
@@ -132,13 +132,17 @@ def test_lifebench_says_which_gate_and_whether_it_is_beaten(
     assert set(written["tuning"]["gates"]) == {"at_least", "at_most"}
     assert (written["tuning"]["cost_cap"], written["tuning"]["forced_cap"]) == (9.0, 0.5)
     assert [row["tolerance"] for row in written["tuning"]["posterior"]["at_most"]] == [0.05, 0.2]
-    assert main([*command, *tuned, "--answers", "2", "--report", str(report), "--figures", str(drawn)]) == 0
+    assert main([*command, *tuned, "--resample", "2", "--report", str(report), "--figures", str(drawn)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("(tuned on other tasks)") == 8
+    assert shown.count("(tuned on other tasks") == 8
     assert shown.count("posterior, 1 of 2: tolerance") == 2
-    assert len(re.findall(r"At its text cost \(\S+ nats\) posterior resampled .*? gates on EOS resampled", shown)) == 2
-    assert "posterior resampled minus posterior" in shown
+    assert len(re.findall(r"At its text cost \(\S+ nats\) posterior, 1 of 2 .*? gates on EOS that draw", shown)) == 2
+    assert "posterior, 1 of 2 minus posterior:" in shown
     assert "posterior, one of several" in (drawn / "lifebench.svg").read_text()
+    few = ["--modes", "unguided_resampled,eos_gate_resampled", "--resample", "2", "--figures", str(drawn)]
+    assert main([*command, *few]) == 0
+    assert "prompt alone, one of several" in (drawn / "lifebench.svg").read_text()
+    capsys.readouterr()
     assert main([*command, "--modes", "posterior_resampled"]) == 1  # of one answer there is no choice
     assert "unknown mode posterior_resampled" in capsys.readouterr().err
     assert main([*command, "--tolerance", "soft"]) == 2

@@ -66,7 +66,7 @@ def test_a_whole_run(run: Any) -> None:
     assert set(metrics) == {*KINDS, "sampling"}
     assert metrics["sampling"] | {"unguided_mean_length": 0, "unguided_cut_share": 0} == {
         "prompts": 6, "prompts_too_long": 0, "prompts_mostly_cut": 0, "samples": 16, "samples_for_targets": 4,
-        "answers": 1, "max_new_tokens": 96, "strength": 1.0, "min_eos_prob": 0.0,
+        "resample": 1, "max_new_tokens": 96, "strength": 1.0, "min_eos_prob": 0.0,
         "unguided_mean_length": 0, "unguided_cut_share": 0,
     }  # fmt: skip
     kinds = Counter(job.kind for job in jobs)
@@ -86,22 +86,22 @@ def test_a_whole_run(run: Any) -> None:
 def test_one_of_several_answers_is_drawn(run: Any, tmp_path: Path) -> None:
     work = tmp_path / "work.jsonl"
     single, _, _ = run(work=work)
-    metrics, _, sampled = run(replace(SETTINGS, answers=3), work=work)
+    metrics, _, sampled = run(replace(SETTINGS, resample=3), work=work)
     assert {job.answer for job in sampled} == {1, 2}  # the first of each pair is there already
-    assert metrics["sampling"] == single["sampling"] | {"answers": 3}
-    again, _, sampled = run(replace(SETTINGS, answers=3), work=work)
+    assert metrics["sampling"] == single["sampling"] | {"resample": 3}
+    again, _, sampled = run(replace(SETTINGS, resample=3), work=work)
     assert not sampled
     for kind in KINDS:
         drawn = metrics[kind].pop("resampled")
         assert again[kind].pop("resampled") == drawn
         assert metrics[kind] == single[kind]
-        assert set(drawn) == {*single[kind], "effective"}
-        assert 1.0 < drawn["effective"] <= 3.0
+        assert set(drawn) == {*single[kind], "effective_sample_size"}
+        assert 1.0 < drawn["effective_sample_size"] <= 3.0
         assert drawn["satisfied_rate"] >= single[kind]["satisfied_rate"]
-    empty, _, _ = run(replace(SETTINGS, answers=2, most_cut=0.0, prompts=3, max_new_tokens=4))
+    empty, _, _ = run(replace(SETTINGS, resample=2, most_cut=0.0, prompts=3, max_new_tokens=4))
     assert empty["at_most"] == {"pairs": 0, "resampled": {"pairs": 0}}
     with pytest.raises(InvalidRequestError, match="at least 1"):
-        replace(SETTINGS, answers=0)
+        replace(SETTINGS, resample=0)
 
 
 def test_guided_answers_follow_their_objective(run: Any) -> None:
@@ -210,8 +210,8 @@ def test_the_command(
     assert again["equal_to"]["ks"] == pytest.approx(metrics["equal_to"]["ks"], rel=1e-5)
     assert main([*command, "--json", "--min-eos-prob", "0.05"]) == 0
     assert json.loads(capsys.readouterr().out)["sampling"]["min_eos_prob"] == 0.05
-    assert main([*command, "--answers", "2", "--figures", str(figures)]) == 0
-    assert "at least, one of 2" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--resample", "2", "--figures", str(figures)]) == 0
+    assert "at least, 1 of 2" in " ".join(capsys.readouterr().out.split())
     assert (figures / "conditional.svg").read_text().count("exact:") == 6
     assert main([*command, "--part", "2"]) == 2
     assert "write it as 1/2" in " ".join(capsys.readouterr().err.split())

@@ -100,7 +100,7 @@ def run(
     return answers(sequences, inputs["input_ids"].shape[1], ends), report
 
 
-class TestBestOf:
+class TestResampling:
     """One of several answers: which, and what is told of it."""
 
     WANTED = (
@@ -115,7 +115,7 @@ class TestBestOf:
         options: dict[str, Any] = {"stop_token_ids": (STOP,), "seeds": seeds}
         wanted = [objective for objective in self.WANTED for _ in range(3)]
         every, told = run(model, FakeScorer(), [p for p in PROMPTS for _ in range(3)], objectives=wanted, **options)
-        found, report = run(model, FakeScorer(), PROMPTS, objectives=self.WANTED, best_of=3, **options)
+        found, report = run(model, FakeScorer(), PROMPTS, objectives=self.WANTED, resample=3, **options)
         assert len(found) == len(report.rows) == 4
         for at, (answer, objective) in enumerate(zip(found, self.WANTED, strict=True)):
             own, rows = every[3 * at : 3 * at + 3], told.rows[3 * at : 3 * at + 3]
@@ -131,7 +131,7 @@ class TestBestOf:
     def test_without_seeds_torch_draws(self, model: Any) -> None:
         def once(seed: int) -> Any:
             torch.manual_seed(seed)
-            found, report = run(model, FakeScorer(), PROMPTS[:2], objectives=TILT, best_of=4)
+            found, report = run(model, FakeScorer(), PROMPTS[:2], objectives=TILT, resample=4)
             return found, report.rows
 
         assert once(3) == once(3)
@@ -140,14 +140,14 @@ class TestBestOf:
     def test_what_does_not_fit(self, model: Any) -> None:
         words = TextAdapter(lambda ids: " ".join(map(str, ids)))
         for options, message in (
-            ({"best_of": 0}, "at least 1"),
-            ({"best_of": 2, "num_beams": 2}, "num_beams"),
-            ({"best_of": 2, "num_return_sequences": 2}, "num_return_sequences"),
-            ({"best_of": 2, "temperature": 0.0}, "finite"),
-            ({"best_of": 2, "objectives": SCALE}, "posterior"),
-            ({"best_of": 2, "return_dict_in_generate": True}, "return_dict_in_generate"),
-            ({"best_of": 2, "seeds": [1, 2]}, "seeds"),
-            ({"best_of": 2, "objectives": {**OTHER, "unit": "words"}, "text": words}, "counts tokens"),
+            ({"resample": 0}, "at least 1"),
+            ({"resample": 2, "num_beams": 2}, "num_beams"),
+            ({"resample": 2, "num_return_sequences": 2}, "num_return_sequences"),
+            ({"resample": 2, "temperature": 0.0}, "finite"),
+            ({"resample": 2, "objectives": SCALE}, "posterior"),
+            ({"resample": 2, "return_dict_in_generate": True}, "return_dict_in_generate"),
+            ({"resample": 2, "seeds": [1, 2]}, "seeds"),
+            ({"resample": 2, "objectives": {**OTHER, "unit": "words"}, "text": words}, "by their tokens"),
         ):
             with pytest.raises(InvalidRequestError, match=message):
                 run(model, FakeScorer(), PROMPTS[:2], **{"objectives": TILT, "max_new_tokens": 4, **options})

@@ -251,7 +251,9 @@ def test_posterior_beside_gates_at_no_more_cost(tmp_path: Path) -> None:
 
 def test_one_of_several_answers_stands_beside_single_ones(tmp_path: Path) -> None:
     metrics = lifebench_report()
-    drawn = lifebench_row(80.0, 4.0, drawn_from=4, by_target=metrics["posterior"]["equal_to"]["by_target"])
+    drawn = lifebench_row(
+        80.0, 4.0, resampling={"answers": 4, "tolerance": 0.05}, by_target=metrics["posterior"]["equal_to"]["by_target"]
+    )
     metrics["posterior_resampled"] = {"equal_to": drawn}
     metrics["gate_front_resampled"] = metrics["gate_front"]
     assert "| posterior, 1 of 4 | 80.0 |" in filled_with(metrics, "lifebench", tmp_path)
@@ -260,10 +262,10 @@ def test_one_of_several_answers_stands_beside_single_ones(tmp_path: Path) -> Non
     assert "| equal to, 1 of 4 | mix of two | 80.0 | 4.0 |" in gates
     targets = filled_with(metrics, "lifebench-targets", tmp_path)
     assert targets.count("\n| 1024 |") == 2
-    assert "One of 4 answers, drawn by importance weight:" in targets
+    assert "One of 4 answers, drawn by importance weight;" in targets
     row = {"pairs": 20, "ks": 0.2, "ks_null_95": 0.1, "satisfied_rate": 0.5, "ks_satisfied": 0.1, "logprob_gap": 0.0,
            "natural_end_rate": 1.0, "forced_stop_rate": 0.0}  # fmt: skip
-    conditional = {"at_most": {**row, "resampled": {**row, "ks": 0.05}}, "sampling": {"answers": 4}}
+    conditional = {"at_most": {**row, "resampled": {**row, "ks": 0.05}}, "sampling": {"resample": 4}}
     (tmp_path / "conditional.json").write_text(json.dumps({"metrics": conditional}))
     filled = fill("<!-- begin:conditional -->\n<!-- end:conditional -->\n", tmp_path)
     assert "| at most | 1 | 20 | 0.200 |" in filled

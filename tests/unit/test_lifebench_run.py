@@ -22,6 +22,7 @@ from lenvm.evaluation.lifebench_gates import (
     FORCED,
     FREE,
     GRIDS,
+    RESAMPLE_TOLERANCES,
     GateRule,
     Mix,
     RuleScore,
@@ -174,7 +175,7 @@ def test_one_of_several_answers_is_drawn(run: Any, tmp_path: Path) -> None:
     rules = (PosteriorRule(0.05), PosteriorRule(0.2))
     settings = replace(SETTINGS, kinds=("equal_to",), posterior_grid=rules, cost_cap=1e6, forced_cap=1.0)
     single, _, _ = run(settings, work=work)
-    several = replace(settings, answers=3, modes=(*MODES, *RESAMPLED))
+    several = replace(settings, resample=3, modes=(*MODES, *RESAMPLED))
     metrics, rows, sampled = run(several, work=work)
     assert {job.sample for job in sampled} >= {1, 2}
     assert not any(job.policy in ("paper_value", "paper_length") for job in sampled)
@@ -183,7 +184,8 @@ def test_one_of_several_answers_is_drawn(run: Any, tmp_path: Path) -> None:
     assert metrics["gate_front"] == single["gate_front"]
     for mode, plain in RESAMPLED.items():
         found = metrics[mode]["equal_to"]
-        assert found["drawn_from"] == 3
+        assert found["resampling"]["answers"] == 3
+        assert found["resampling"]["tolerance"] == metrics["posterior_resampled"]["equal_to"]["rule"]["tolerance"]
         assert found["n"] == metrics[plain]["equal_to"]["n"] == 6
         assert found["ls"] > metrics[plain]["equal_to"]["ls"] - 5.0
     assert metrics["unguided_resampled"]["equal_to"]["ls"] > metrics["unguided"]["equal_to"]["ls"]
@@ -205,6 +207,24 @@ def test_one_of_several_answers_is_drawn(run: Any, tmp_path: Path) -> None:
     assert again == metrics
 
 
+def test_gates_are_drawn_as_softly_as_suits_them_or_not_at_all(run: Any) -> None:
+    settings = replace(SETTINGS, targets=(8, 64), kinds=("at_most",), resample=3, modes=tuple(RESAMPLED))
+    metrics, _, _ = run(settings)
+    front = metrics["gate_front_resampled"]["at_most"]
+    several = [rule for rule in front["rules"] if "resample" in rule]
+    assert {rule["tolerance"] for rule in several} == set(RESAMPLE_TOLERANCES)
+    assert {rule["resample"] for rule in several} == {3}
+    single = [rule for rule in front["rules"] if "resample" not in rule]
+    assert len(several) == len(single) * len(RESAMPLE_TOLERANCES)
+    # Where posterior costs next to nothing no draw is cheap enough, and the gate that does nothing is there still.
+    assert any(rule["kl_per_sequence"] == pytest.approx(0.0, abs=1e-9) for rule in single)
+    assert front["by_target"]["64"]["posterior_kl_per_sequence"] < math.log(3)
+    assert set(metrics["comparisons"]["at_most"]) == {
+        "posterior_resampled_minus_unguided_resampled", "posterior_resampled_minus_eos_gate_resampled",
+    }  # fmt: skip
+    assert metrics["unguided_resampled"]["at_most"]["resampling"] == {"answers": 3, "tolerance": 0.05}
+
+
 def test_a_draw_by_hand() -> None:
     task, kind = Task("a", "en", "b", "c", "d"), "equal_to"
     jobs = [Job(PosteriorRule(0.1), task, kind, 100, sample) for sample in range(4)]
@@ -219,10 +239,10 @@ def test_a_draw_by_hand() -> None:
         def __getitem__(self, job: Job) -> Answer:
             return store[job.key]
 
-    found = list(drawn(jobs, 2, cast("Any", Store()), tolerance=9.0, seed=0))
+    found = drawn(jobs, 2, cast("Any", Store()), tolerance=9.0, seed=0)
     assert [job.sample for job, _ in found] == [1, 2]
     assert [answer.text_cost for _, answer in found] == pytest.approx([1.0 + math.log(2), 2.0 + math.log(2)])
-    assert list(drawn(jobs, 1, cast("Any", Store()), tolerance=9.0, seed=0)) == [(job, store[job.key]) for job in jobs]
+    assert drawn(jobs, 1, cast("Any", Store()), tolerance=9.0, seed=0) == [(job, store[job.key]) for job in jobs]
 
 
 def test_unguided_answers_are_the_samplers_own(run: Any, tiny_generator: Any, tiny_data: Path) -> None:

@@ -14,7 +14,7 @@ import lenvm_client
 from lenvm.decoding import Generation
 from lenvm.errors import InvalidRequestError
 from lenvm.guidance import Objective, log_utility
-from lenvm.resampling import resample, resample_generations
+from lenvm.resampling import resample, resample_answers
 
 ANSWERS = 12
 RNG = np.random.default_rng(3)
@@ -67,7 +67,7 @@ def test_the_text_cost_is_that_of_the_draw_and_its_proposals() -> None:
 
 def test_one_answer_stays_what_it_is() -> None:
     found = resample(OBJECTIVE, [17], [3.25], 0.99)
-    assert (found.index, found.effective) == (0, 1.0)
+    assert (found.index, found.effective_sample_size) == (0, 1.0)
     assert found.text_cost == pytest.approx(3.25)
     assert found.probabilities == pytest.approx([1.0])
 
@@ -77,7 +77,7 @@ def test_weights_by_hand() -> None:
     found = resample(OBJECTIVE, [30, 36, 24], [1.0, 0.0, 2.0], 0.0)
     weights = np.exp([-1.0, -1.0, -3.0])
     assert found.probabilities == pytest.approx(weights / weights.sum())
-    assert found.effective == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    assert found.effective_sample_size == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
     assert found.text_cost == pytest.approx(0.0 - math.log(weights.mean()))
     edges = np.cumsum(found.probabilities)
     for draw, index in ((0.0, 0), (edges[0] - 1e-9, 0), (edges[0] + 1e-9, 1), (edges[1] + 1e-9, 2), (1 - 1e-12, 2)):
@@ -93,15 +93,11 @@ def test_answers_of_the_sampler() -> None:
         Generation(list(range(30)), True, False, 1.0, -20.0, seed=8),
         Generation(list(range(33)), False, False, 1.0, -50.0, seed=9),
     ]
-    seen = set()
-    for seed in range(200):
-        answers[0].seed = seed
-        chosen, found = resample_generations(OBJECTIVE, answers)
-        assert (chosen, found.index) == (resample_generations(OBJECTIVE, answers)[0], found.index)  # by its seeds
-        assert chosen.token_ids == answers[found.index].token_ids
-        assert chosen.text_cost == found.text_cost
-        seen.add(found.index)
-    assert seen == {0, 1}
+    for draw in (0.0, 0.99):
+        chosen, found = resample_answers(OBJECTIVE, answers, draw)
+        assert found.index == round(draw)
+        assert (chosen.token_ids, chosen.seed) == (answers[found.index].token_ids, answers[found.index].seed)
+        assert chosen.text_cost == found.text_cost == resample(OBJECTIVE, [30, 33], [1.0, 1.0], draw).text_cost
     assert answers[0].text_cost == 1.0  # what was given stays as it is
 
 
@@ -140,7 +136,7 @@ def test_the_client_draws_from_the_same_law(wire: dict[str, Any]) -> None:
     assert theirs.index == ours.index
     assert theirs.probabilities == pytest.approx(ours.probabilities, abs=1e-12)
     assert theirs.text_cost == pytest.approx(ours.text_cost)
-    assert theirs.effective == pytest.approx(ours.effective)
+    assert theirs.effective_sample_size == pytest.approx(ours.effective_sample_size)
 
 
 def test_the_client_refuses_what_cannot_be_weighed() -> None:
@@ -151,6 +147,11 @@ def test_the_client_refuses_what_cannot_be_weighed() -> None:
         (good, [1], [math.nan], "finite"),
         ({**good, "method": "paper"}, [1], [1.0], "posterior"),
         ({"kind": "scale", "factor": 0.5}, [1], [1.0], "posterior"),
+        ({"kind": "at_most"}, [1], [1.0], "target must be a finite number of at least 0, got None"),
+        ({"kind": "at_most", "target": -5}, [1], [1.0], "target"),
+        ({"kind": "at_most", "target": True}, [1], [1.0], "target"),
+        ({**good, "tolerance": math.nan}, [1], [1.0], "tolerance"),
+        ({"kind": "tilt"}, [1], [1.0], "lambda must be a finite number, got None"),
     ):
         with pytest.raises(lenvm_client.InvalidRequestError, match=message):
             lenvm_client.resample(wire, lengths, costs)

@@ -23,8 +23,8 @@ from transformers import (
 from lenvm_client._core import OnError
 from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, uniform
 from lenvm_client._types import CandidateScorer
-from lenvm_client.drivers._best_of import drawn, repeated
 from lenvm_client.drivers._logits import top
+from lenvm_client.drivers._resampled import drawn, repeated
 from lenvm_client.errors import InvalidRequestError
 from lenvm_client.guided import GuidedDecoder, TextAdapter
 
@@ -217,7 +217,7 @@ def generate(
     do_sample: bool | None = None,
     stop_token_ids: Iterable[int] = (),
     seeds: Sequence[int] | None = None,
-    best_of: int = 1,
+    resample: int = 1,
     on_error: OnError = "passthrough",
     text: TextAdapter | None = None,
     **generate_kwargs: Any,
@@ -231,17 +231,17 @@ def generate(
         do_sample: False for greedy decoding and beam search, at temperature 1; by default ``temperature > 0``.
         stop_token_ids: end an answer as the model's EOS ids do.
         seeds: one for each sequence: draws that do not depend on the batch.
-        best_of: above 1 each prompt gets so many answers, of which one is returned, drawn by importance weight (see
-            ``lenvm_client.resample``): nearer to the objective at no more text cost, for that many times the work.
-            Sampling without beams; posterior objectives. ``seeds`` are then ``best_of`` for each prompt.
+        resample: above 1 so many answers are sampled to each prompt, of which one is returned, drawn by importance
+            weight (see ``lenvm_client.resample``): nearer to the objective at no more text cost, for that many times
+            the work. Sampling without beams; posterior objectives. ``seeds`` are then ``resample`` for each prompt.
         on_error, text: see ``GuidedDecoder``.
         generate_kwargs: the rest goes to ``model.generate``, e.g. ``max_new_tokens``, ``num_beams``.
 
     Raises LenVMClientError: see ``GuidedDecoder``; InvalidRequestError for arguments that do not fit each other.
     """
-    if best_of != 1:
-        return _best_of(
-            model, scorer, inputs, objectives, best_of, seeds, temperature=temperature, top_k=top_k,
+    if resample != 1:
+        return _resampled(
+            model, scorer, inputs, objectives, resample, seeds, temperature=temperature, top_k=top_k,
             do_sample=do_sample, stop_token_ids=list(stop_token_ids), on_error=on_error, text=text, **generate_kwargs,
         )  # fmt: skip
     if getattr(model.config, "is_encoder_decoder", False):
@@ -311,7 +311,7 @@ def generate(
     return _run(model, given, generate_kwargs, processor, device, sampled=sampling)
 
 
-def _best_of(
+def _resampled(
     model: Any,
     scorer: CandidateScorer,
     inputs: Any,
@@ -321,15 +321,17 @@ def _best_of(
     **options: Any,
 ) -> tuple[Any, GuidanceReport]:
     if of < 1:
-        raise InvalidRequestError(f"best_of must be at least 1, not {of}", param="best_of")
+        raise InvalidRequestError(f"resample must be at least 1, not {of}", param="resample")
     settings = {**vars(model.generation_config), **_fields(options.get("generation_config")), **options}
     if (settings.get("num_beams") or 1) > 1 or (settings.get("num_return_sequences") or 1) > 1:
-        message = "best_of goes with sampling, one answer to a prompt: leave num_beams and num_return_sequences out"
-        raise InvalidRequestError(message, param="best_of")
+        message = "resample goes with sampling, one answer to a prompt: leave num_beams and num_return_sequences out"
+        raise InvalidRequestError(message, param="resample")
     ids = _checked_ids(dict(inputs).get("input_ids") if isinstance(inputs, Mapping) else inputs)
     each = [objectives] * len(ids) if objectives is None or isinstance(objectives, Mapping) else list(objectives)
     if any((objective or {}).get("unit", "tokens") != "tokens" for objective in each):
-        raise InvalidRequestError("best_of counts tokens: leave unit out, or use resample yourself", param="unit")
+        raise InvalidRequestError(
+            "answers are drawn by their tokens: leave unit out, or use lenvm_client.resample", param="unit"
+        )
     wanted = [objective for objective in each for _ in range(of)]
     output, report = generate(model, scorer, repeated(inputs, of), objectives=wanted, seeds=seeds, **options)
     ends = {*_as_ids(settings.get("eos_token_id")), *options["stop_token_ids"]}

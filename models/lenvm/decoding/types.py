@@ -72,6 +72,11 @@ class Generation:
     logprob: float = 0.0
     seed: int = 0
 
+    @property
+    def length(self) -> int:
+        """Content tokens."""
+        return len(self.token_ids)
+
 
 @dataclass(frozen=True)
 class Candidates:

@@ -18,8 +18,8 @@ Points = Sequence[tuple[float, float]]
 
 
 def compare(rows: Sequence[Row], kind: Kind, modes: Sequence[str]) -> dict[str, Any]:
-    """``posterior`` against every other mode of single answers, and ``posterior_resampled`` against every other mode:
-    differences with 95 % intervals, resampled by task."""
+    """``posterior`` against every other mode of single answers; ``posterior_resampled`` against the modes that have as
+    many answers, and against ``posterior``. Differences with 95 % intervals, resampled by task."""
     return {
         f"{ours}_minus_{other}": {
             measure: list(compare_modes(rows, kind, ours, other, measure)) for measure in ("ls", "kl_per_sequence")
@@ -27,7 +27,7 @@ def compare(rows: Sequence[Row], kind: Kind, modes: Sequence[str]) -> dict[str, 
         for ours in ("posterior", "posterior_resampled")
         if ours in modes
         for other in modes
-        if other != ours and not (ours == "posterior" and other.endswith("_resampled"))
+        if other != ours and (other.endswith("_resampled") == ours.endswith("_resampled") or other == "posterior")
     }
 
 

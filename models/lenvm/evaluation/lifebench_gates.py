@@ -15,6 +15,7 @@ __all__ = [
     "FORCED",
     "FREE",
     "GRIDS",
+    "RESAMPLE_TOLERANCES",
     "GateRule",
     "Mix",
     "RuleScore",
@@ -27,18 +28,27 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GateRule:
-    """A rule of :class:`lenvm.guides.EosGateGuide`. ``threshold`` None: no EOS is sought. ``stop`` None: no end."""
+    """A rule of :class:`lenvm.guides.EosGateGuide`. ``threshold`` None: no EOS is sought. ``stop`` None: no end.
+
+    ``resample`` above 1: of so many answers one is drawn by importance weight, for a target as soft as ``tolerance``.
+    That changes nothing of how answers are sampled, and so nothing of the name (``str``) that they have in work files.
+    """
 
     slack: float
     threshold: float | None
     stop: float | None
+    resample: int = 1
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         return f"gate slack={self.slack:g} threshold={self.threshold} stop={self.stop}"
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain fields, as a report holds them."""
-        return asdict(self)
+        plain = asdict(self)
+        if self.resample == 1:
+            del plain["resample"], plain["tolerance"]
+        return plain
 
 
 FREE = GateRule(1.0, None, None)
@@ -69,6 +79,10 @@ def _grid(kind: Kind) -> list[GateRule]:
     else:
         rules += [GateRule(d, None, None) for d in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)]
     return [FORCED[kind], *rules, FREE]
+
+
+RESAMPLE_TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""How softly a gate's answers are weighed where one of several is drawn: it may take what suits it best."""
 
 
 GRIDS: Mapping[Kind, Sequence[GateRule]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,15 @@ import numpy as np
 from lenvm.evaluation.answers import Answer, AnswerFile
 from lenvm.evaluation.lifebench import Kind, Task, length_score
 from lenvm.evaluation.lifebench_draw import drawn
-from lenvm.evaluation.lifebench_gates import FORCED, FREE, GateRule, RuleScore, best_rule, front
+from lenvm.evaluation.lifebench_gates import (
+    FORCED,
+    FREE,
+    RESAMPLE_TOLERANCES,
+    GateRule,
+    RuleScore,
+    best_rule,
+    front,
+)
 from lenvm.evaluation.lifebench_posterior import PosteriorRule, PosteriorScore, choose_posterior, excess
 from lenvm.evaluation.lifebench_work import Job, LifebenchSettings, Policy, jobs_of
 
@@ -38,10 +46,18 @@ class Tuning:
                 found[mode, kind] = choose_posterior(table, **_caps(settings)).rule
         return found
 
-    def front(self, kind: Kind, settings: LifebenchSettings) -> list[GateRule]:
+    def front(self, kind: Kind, settings: LifebenchSettings, *, resampled: bool = False) -> list[GateRule]:
         """The gates that go to the test. ``FREE`` costs nothing on any tasks, so that there is always one that costs no
-        more; ``FORCED`` is the other end."""
-        return list(dict.fromkeys([FREE, *front(self.gates[kind], settings.front), FORCED[kind]]))
+        more; ``FORCED`` is the other end. ``resampled``: each of them also with one of several answers drawn, for
+        targets as soft as may be."""
+        found = list(dict.fromkeys([FREE, *front(self.gates[kind], settings.front), FORCED[kind]]))
+        if resampled:
+            found += [
+                replace(rule, resample=settings.resample, tolerance=tolerance)
+                for rule in found
+                for tolerance in RESAMPLE_TOLERANCES
+            ]
+        return found
 
     def to_dict(self, tasks: Sequence[Task], settings: LifebenchSettings) -> dict[str, Any]:
         """As a report holds it."""
@@ -79,7 +95,7 @@ def tuning_of(store: AnswerFile, tasks: Sequence[Task], settings: LifebenchSetti
 
     def answers_of(kind: Kind, rule: GateRule | PosteriorRule, of: int) -> list[tuple[Job, Answer]]:
         jobs = jobs_of(rule, kind, tasks, settings, of=of, tuning=True)
-        return list(drawn(jobs, of, store, tolerance=0.0, seed=settings.seed))
+        return drawn(jobs, of, store, tolerance=0.0, seed=settings.seed)
 
     for kind in settings.kinds:
         for rule in _grid(kind, settings):

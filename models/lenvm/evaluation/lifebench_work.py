@@ -49,7 +49,7 @@ class Job:
 @dataclass(frozen=True)
 class LifebenchSettings:
     """What is generated: ``tasks`` x ``targets`` x ``samples`` answers a mode and kind, all with the same ``params``;
-    a mode of ``RESAMPLED`` draws each of them from ``answers``.
+    a mode of ``RESAMPLED`` draws each of them from ``resample``.
 
     ``grids`` are the gates and ``posterior_grid`` the posterior rules to choose from, tried on ``tuning_tasks`` tasks
     that are not in the test; a single posterior rule needs no trying. ``cost_cap`` (nats a sequence, targets of 64 and
@@ -61,7 +61,7 @@ class LifebenchSettings:
     tasks: int = 100
     tuning_tasks: int = 16
     samples: int = 1
-    answers: int = 1
+    resample: int = 1
     modes: Sequence[str] = MODES
     kinds: Sequence[Kind] = KINDS
     posterior_grid: Sequence[PosteriorRule] = (PosteriorRule(),)
@@ -75,9 +75,9 @@ class LifebenchSettings:
     front: int = 12
 
     def __post_init__(self) -> None:
-        if self.answers < 1:
-            raise InvalidRequestError(f"answers must be at least 1, not {self.answers}", param="answers")
-        modes = MODES if self.answers == 1 else (*MODES, *RESAMPLED)
+        if self.resample < 1:
+            raise InvalidRequestError(f"resample must be at least 1, not {self.resample}", param="resample")
+        modes = MODES if self.resample == 1 else (*MODES, *RESAMPLED)
         for name, known in (("mode", modes), ("kind", KINDS)):
             given = getattr(self, f"{name}s")
             unknown = set(given) - set(known)
@@ -106,7 +106,7 @@ class LifebenchSettings:
 
     def drawn_from(self, mode: str) -> int:
         """Answers of which a mode draws one."""
-        return self.answers if mode in RESAMPLED else 1
+        return self.resample if mode in RESAMPLED else 1
 
 
 def fixed_policies(settings: LifebenchSettings) -> dict[tuple[str, Kind], Policy]:

@@ -116,10 +116,10 @@ def _along(metrics: Metrics) -> str:
 
 
 def _conditional(metrics: Metrics) -> str:
-    answers = dig(metrics, "sampling", "answers") or 1
+    several = dig(metrics, "sampling", "resample") or 1
     found = [
         (kind, of, row)
-        for of in ([1] if answers == 1 else [1, answers])
+        for of in ([1] if several == 1 else [1, several])
         for kind in ("at_most", "at_least", "equal_to")
         if (row := dig(metrics, kind) if of == 1 else dig(metrics, kind, "resampled")) and row.get("pairs")
     ]

@@ -16,7 +16,7 @@ _MODES = ("unguided", "eos_gate", "force_eos", "paper_value", "paper_length", "p
 
 def mode_name(mode: str, row: Mapping[str, Any]) -> str:
     """As people read it: "posterior, 1 of 4" where one of four answers was drawn."""
-    of = row.get("drawn_from")
+    of = dig(row, "resampling", "answers")
     return _words(mode) if of is None else f"{_words(mode.removesuffix('_resampled'))}, 1 of {of}"
 
 
@@ -50,7 +50,7 @@ def gates(metrics: Mapping[str, Any]) -> str:
         front, ours = dig(metrics, f"gate_front{suffix}", kind), dig(metrics, f"posterior{suffix}", kind)
         if front is None or ours is None:
             continue
-        of = f", 1 of {ours['drawn_from']}" if "drawn_from" in ours else ""
+        of = f", 1 of {ours['resampling']['answers']}" if "resampling" in ours else ""
         for name, words in (("equal_cost", "mix of two"), ("no_more_cost", "single gate")):
             if (found := front.get(name)) is not None:
                 rows.append(
@@ -74,10 +74,9 @@ def targets(metrics: Mapping[str, Any]) -> str:
     several = dig(metrics, "posterior_resampled", "equal_to")
     if several is None:
         return _targets(metrics, "")
-    return (
-        f"{_targets(metrics, '')}\n\nOne of {several['drawn_from']} answers, drawn by importance weight:\n\n"
-        f"{_targets(metrics, '_resampled')}"
-    )
+    of = several["resampling"]["answers"]
+    told = f"One of {of} answers, drawn by importance weight; the text cost counts the draw."
+    return f"{_targets(metrics, '')}\n\n{told}\n\n{_targets(metrics, '_resampled')}"
 
 
 def _targets(metrics: Mapping[str, Any], suffix: str) -> str:

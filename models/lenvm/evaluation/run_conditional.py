@@ -19,7 +19,7 @@ from lenvm.evaluation.lifebench_gates import FREE, gate_guide
 from lenvm.guidance import Objective
 from lenvm.guides import ValueGuide
 from lenvm.prompts import DOMAINS, Prompt, load_prompts, select
-from lenvm.resampling import resample
+from lenvm.resampling import resample_answers
 from lenvm.rollouts.sampling import LocalGenerator, stream_seed
 from lenvm.scoring import Scorer
 
@@ -34,7 +34,7 @@ _BY_DOMAIN = ("ks", "ks_null", "ks_null_95", "pairs", "logprob_gap", "natural_en
 class ConditionalSettings:
     """What is sampled: ``samples`` unguided answers of each prompt, then ``pairs_per_prompt`` guided ones an objective.
 
-    With ``answers`` above 1 there are so many guided answers a pair, of which one is drawn by importance weight
+    With ``resample`` above 1 there are so many guided answers a pair, of which one is drawn by importance weight
     (``lenvm.resampling``); the first one alone is measured as well.
     ``prompts`` test prompts, as many of each domain, and ``tasks`` LIFEBench tasks without their requirement. ``apart``
     of the unguided answers choose the targets and the others are ranked among: a quarter unless given. ``part`` (k, n):
@@ -45,7 +45,7 @@ class ConditionalSettings:
     tasks: int = 0
     samples: int = 64
     pairs_per_prompt: int = 3
-    answers: int = 1
+    resample: int = 1
     kinds: Sequence[Kind] = KINDS
     tolerances: Mapping[Kind, float] = field(
         default_factory=lambda: {"equal_to": 0.1, "at_most": 0.05, "at_least": 0.05}
@@ -69,8 +69,8 @@ class ConditionalSettings:
         if not 1 <= self.targets_from < self.samples:
             raise InvalidRequestError("some answers choose targets and some are ranked among: raise samples or change "
                                       "apart", param="samples")  # fmt: skip
-        if self.answers < 1:
-            raise InvalidRequestError(f"answers must be at least 1, not {self.answers}", param="answers")
+        if self.resample < 1:
+            raise InvalidRequestError(f"resample must be at least 1, not {self.resample}", param="resample")
         for kind in self.kinds:
             self.objective(kind, 1, self.tolerances[kind])  # raises for a bad number
 
@@ -140,7 +140,8 @@ def run_conditional(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """``metrics``: ``kind -> conditional_metrics`` with ``by_domain``, and ``sampling`` (what was asked and left out).
-    With several ``answers`` a pair, each kind has them for the first of these, and ``resampled`` for the one drawn.
+    With several answers a pair (``resample``), each kind has them for the first of these, and ``resampled`` for the one
+    that was drawn.
 
     Answers in ``work`` and ``others`` are used again where their settings match, and new ones go to ``work``; what is
     asked of a prompt hangs on that prompt alone, so that parts add up to the whole. Raises DataError where every prompt
@@ -158,14 +159,14 @@ def run_conditional(
         jobs = [job for prompt in kept for job in _guided_jobs(prompt, unguided[prompt.id], settings)]
         run.sample("guided by value", [each for job in jobs for each in _answers_of(job, settings)])
         pairs = [(job, _pair(job, _sampled(store, job), unguided[job.prompt.id], settings)) for job in jobs]
-        drawn = [(job, *_drawn(store, job, settings)) for job in jobs] if settings.answers > 1 else []
+        drawn = [(job, *_drawn(store, job, settings)) for job in jobs] if settings.resample > 1 else []
     metrics: dict[str, Any] = {kind: _metrics(kind, pairs, settings) for kind in settings.kinds}
-    if settings.answers > 1:
+    if settings.resample > 1:
         resampled = [(job, _pair(job, answer, unguided[job.prompt.id], settings)) for job, answer, _ in drawn]
         for kind in settings.kinds:
             found = _metrics(kind, resampled, settings)
-            effective = [among for job, _, among in drawn if job.kind == kind]
-            metrics[kind]["resampled"] = found | ({"effective": float(np.mean(effective))} if effective else {})
+            sizes = [size for job, _, size in drawn if job.kind == kind]
+            metrics[kind]["resampled"] = found | ({"effective_sample_size": float(np.mean(sizes))} if sizes else {})
     answers = [answer for found in unguided.values() for answer in found]
     metrics["sampling"] = {
         "prompts": len(asked),
@@ -173,7 +174,7 @@ def run_conditional(
         "prompts_mostly_cut": len(asked) - len(kept),
         "samples": settings.samples,
         "samples_for_targets": settings.targets_from,
-        "answers": settings.answers,
+        "resample": settings.resample,
         "max_new_tokens": settings.max_new_tokens,
         "strength": settings.strength,
         "min_eos_prob": settings.min_eos_prob,
@@ -282,21 +283,16 @@ def _sampled(store: AnswerFile, job: _Job) -> Sampled:
 
 def _answers_of(job: _Job, settings: ConditionalSettings) -> list[_Job]:
     """The guided answers of a pair, the first one first: neighbours, so that they share their prompt's states."""
-    return [replace(job, answer=at) for at in range(settings.answers)]
+    return [replace(job, answer=at) for at in range(settings.resample)]
 
 
 def _drawn(store: AnswerFile, job: _Job, settings: ConditionalSettings) -> tuple[Sampled, float]:
-    """The answer of a pair that is drawn by importance weight, and of how many there was a choice."""
+    """The answer of a pair that is drawn by importance weight, and the effective sample size."""
     assert job.kind is not None  # guided jobs have one
     answers = [_sampled(store, each) for each in _answers_of(job, settings)]
     draw = np.random.default_rng(stream_seed(f"{job.stream}/draw", job.number, settings.seed)).uniform()
-    found = resample(
-        settings.objective(job.kind, job.target, job.tolerance),
-        [answer.length for answer in answers],
-        [answer.text_cost for answer in answers],
-        draw,
-    )
-    return replace(answers[found.index], text_cost=found.text_cost), found.effective
+    chosen, found = resample_answers(settings.objective(job.kind, job.target, job.tolerance), answers, draw)
+    return chosen, found.effective_sample_size
 
 
 def _pair(job: _Job, guided: Sampled, unguided: Sequence[Sampled], settings: ConditionalSettings) -> Pair:

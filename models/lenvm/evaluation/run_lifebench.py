@@ -43,10 +43,13 @@ def run_lifebench(
 
     ``metrics`` is ``mode -> kind -> aggregate`` (gates and posterior with their ``rule``), ``comparisons`` by kind
     (paired bootstrap), ``tuning`` (every rule on the tuning tasks), ``gate_front`` (the best gates on the test, see
-    ``front_metrics``) and ``limits``. Answers in ``work`` and ``others`` are used again where their settings match, and
-    new ones go to ``work``; ``identity`` names what else an answer depends on (checkpoint, precision, device). Rows in
-    flight share a batch, whatever they are. Raises InvalidRequestError where no task is left to tune on and DataError
-    for work files of other settings.
+    ``front_metrics``) and ``limits``. With ``settings.resample`` above 1 there are the modes of ``RESAMPLED`` too (each
+    with its ``resampling``), ``gate_front_resampled``, and ``tuning.posterior_resampled``.
+
+    Answers in ``work`` and ``others`` are used again where their settings match, and new ones go to ``work``;
+    ``identity`` names what else an answer depends on (checkpoint, precision, device). Rows in flight share a batch,
+    whatever they are. Raises InvalidRequestError where no task is left to tune on and DataError for work files of other
+    settings.
     """
     everything = load_tasks(data, n=None, seed=settings.seed)
     tests, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
@@ -71,8 +74,8 @@ def run_lifebench(
         }
         fronts = {
             (mode, kind): {
-                rule: jobs_of(rule, kind, tests, settings, of=settings.drawn_from(mode), keeps_tokens=False)
-                for rule in tuned.front(kind, settings)
+                rule: jobs_of(rule, kind, tests, settings, of=rule.resample, keeps_tokens=False)
+                for rule in tuned.front(kind, settings, resampled=mode in RESAMPLED)
             }
             for mode in ("eos_gate", "eos_gate_resampled")
             if mode in settings.modes
@@ -83,16 +86,19 @@ def run_lifebench(
             + [job for found in jobs.values() for job in found]
         )
 
-        def answers(mode: str, kind: Kind, found: Sequence[Job]) -> list[tuple[Job, Answer]]:
-            rule = policies.get(("posterior_resampled", kind), settings.posterior_grid[0])
-            assert isinstance(rule, PosteriorRule)
-            of = settings.drawn_from(mode)
-            return list(drawn(found, of, store, tolerance=rule.tolerance, seed=settings.seed))
+        def answers(found: Sequence[Job], of: int, tolerance: float) -> list[tuple[Job, Answer]]:
+            return drawn(found, of, store, tolerance=tolerance, seed=settings.seed)
 
-        rows = [_row(mode, *each) for (mode, kind), found in jobs.items() for each in answers(mode, kind, found)]
+        rows = [
+            _row(mode, *each)
+            for (mode, kind), found in jobs.items()
+            for each in answers(found, settings.drawn_from(mode), _tolerance(policies, kind, settings))
+        ]
         points = {
-            (mode, kind): {rule: _points(answers(mode, kind, found)) for rule, found in front.items()}
-            for (mode, kind), front in fronts.items()
+            which: {
+                rule: _points(answers(found, rule.resample, rule.tolerance or 0.0)) for rule, found in front.items()
+            }
+            for which, front in fronts.items()
         }
     return _metrics(rows, policies, tuned, points, settings) | {
         "limits": _limits(rows, settings, generator.sampler.context),
@@ -116,13 +122,23 @@ def _metrics(
         elif policy != RESAMPLED.get(mode, mode):
             metrics[mode][kind]["same_as"] = policy
         if mode in RESAMPLED:
-            metrics[mode][kind]["drawn_from"] = settings.answers
+            tolerance = _tolerance(policies, kind, settings)
+            metrics[mode][kind]["resampling"] = {"answers": settings.resample, "tolerance": tolerance}
     metrics["comparisons"] = {kind: compare(rows, kind, settings.modes) for kind in settings.kinds}
     for (mode, kind), front in points.items():
         suffix = mode.removeprefix("eos_gate")
         ours = [row for row in rows if (row.mode, row.kind) == (f"posterior{suffix}", kind)]
         metrics.setdefault(f"gate_front{suffix}", {})[kind] = front_metrics(front, ours)
     return metrics
+
+
+def _tolerance(policies: Mapping[tuple[str, Kind], Policy], kind: Kind, settings: LifebenchSettings) -> float:
+    """How soft the target is for which one of several answers is drawn: that of the posterior rule, also for its
+    rivals. (A front of gates may take what suits it.)"""
+    for mode in ("posterior_resampled", "posterior"):
+        if isinstance(rule := policies.get((mode, kind)), PosteriorRule):
+            return rule.tolerance
+    return settings.posterior_grid[0].tolerance
 
 
 def pool_tokens(generator: LocalGenerator, data: Path, settings: LifebenchSettings) -> int:

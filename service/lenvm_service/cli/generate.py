@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -106,10 +107,10 @@ def command(
     ] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, rich_help_panel=_SAMPLING)] = 1024,
     n: Annotated[int, typer.Option("--n", min=1, max=1024, help="Answers.", rich_help_panel=_SAMPLING)] = 1,
-    best_of: Annotated[
+    resample: Annotated[
         int,
         typer.Option(
-            "--best-of",
+            "--resample",
             metavar="K",
             min=1,
             max=64,
@@ -129,7 +130,8 @@ def command(
     """Generate with the backbone, steered by its length value model; without an objective, unguided.
 
     Guided and unguided answers are sampled alike, from the 16 likeliest tokens and EOS, so that they can be compared.
-    Targets count content tokens (EOS excluded). Text cost is what guidance cost in nats a sequence: log q - log p.
+    Targets count content tokens (EOS excluded). Text cost is what guidance cost in nats a sequence: log q - log p, and
+    with --resample what the draw adds.
     """
     options = ObjectiveOptions(
         equal_to, at_most, at_least, tilt, scale, method, tolerance, strength, space, min_eos_prob
@@ -141,24 +143,25 @@ def command(
         raise typer.BadParameter(
             "0 is for unguided answers only: guidance scores every candidate", param_hint="--top-k"
         )
-    if best_of > 1 and (objective is None or objective.method != "posterior" or objective.kind == "scale"):
+    if resample > 1 and (objective is None or objective.method != "posterior" or objective.kind == "scale"):
         raise typer.BadParameter(
-            "answers are weighed by --equal-to, --at-most, --at-least or --tilt, by posterior", param_hint="--best-of"
+            "answers are weighed by --equal-to, --at-most, --at-least or --tilt, by posterior", param_hint="--resample"
         )
-    if best_of > 1 and temperature == 0:
-        raise typer.BadParameter("greedy answers are all the same: raise --temperature", param_hint="--best-of")
+    if resample > 1 and temperature == 0:
+        raise typer.BadParameter("greedy answers are all the same: raise --temperature", param_hint="--resample")
     from lenvm.decoding import Request, SamplingParams
 
     backend = open_backend(url, model, device=device)
     facts = backend.facts
     ids = backend.encode(read_text(prompt), token_ids=token_ids)
-    guide = None if objective is None else backend.guide([objective] * (n * best_of))
+    guide = None if objective is None else backend.guide([objective] * (n * resample))
     if temperature is None:
         temperature = facts.temperature
     params = SamplingParams(temperature=temperature, top_k=top_k or None, max_new_tokens=max_new_tokens)
     generator, warnings = load_generator(facts, backbone, device=device)
-    requests = [Request(ids, seed + index) for index in range(n * best_of)]
-    drawn = _draw(sample(generator, requests, params, guide), objective, best_of)
+    seeds = [seed + index for index in range(n)]
+    requests = [Request(ids, each) for own in seeds for each in _seeds(own, resample)]
+    drawn = _draw(sample(generator, requests, params, guide), objective, seeds, resample)
     rows = [
         {"index": index, **generation_fields(generation, objective, generator.tokenizer), **more}
         for index, (generation, more) in enumerate(drawn)
@@ -174,17 +177,30 @@ def command(
         _print_answers(rows, objective)
 
 
-def _draw(
-    generations: list[Generation], objective: Objective | None, best_of: int
-) -> list[tuple[Generation, dict[str, Any]]]:
-    """One of each ``best_of`` answers, and what is told of the draw."""
-    if best_of == 1 or objective is None:
-        return [(generation, {}) for generation in generations]
-    from lenvm.resampling import resample_generations
+def _seeds(seed: int, resample: int) -> list[int]:
+    """Of an answer: its own, or one for each of the answers that it is drawn from, which no other answer has."""
+    from lenvm.rollouts.sampling import stream_seed
 
-    groups = [generations[at : at + best_of] for at in range(0, len(generations), best_of)]
-    drawn = [resample_generations(objective, group) for group in groups]
-    return [(generation, {"drawn_from": best_of, "effective": found.effective}) for generation, found in drawn]
+    return [seed] if resample == 1 else [stream_seed("resample", number, seed) for number in range(resample)]
+
+
+def _draw(
+    generations: list[Generation], objective: Objective | None, seeds: list[int], resample: int
+) -> list[tuple[Generation, dict[str, Any]]]:
+    """One of each ``resample`` answers under the seed that stands for all of them, and what is told of the draw."""
+    if resample == 1 or objective is None:
+        return [(generation, {}) for generation in generations]
+    import numpy as np
+
+    from lenvm.resampling import resample_answers
+
+    drawn = []
+    for at, seed in enumerate(seeds):
+        draw = np.random.default_rng(seed).uniform()
+        chosen, found = resample_answers(objective, generations[at * resample : (at + 1) * resample], draw)
+        told = {"resampled_from": resample, "effective_sample_size": found.effective_sample_size}
+        drawn.append((replace(chosen, seed=seed), told))
+    return drawn
 
 
 def _print_answers(rows: list[dict[str, Any]], objective: Objective | None) -> None:
@@ -207,3 +223,8 @@ def _print_answers(rows: list[dict[str, Any]], objective: Objective | None) -> N
         made.add_row(*cells, number(row["text_cost"], ".2f"), *flags)
     title(console, wanted)
     console.print(made)
+    if "resampled_from" in rows[0]:
+        sizes = ", ".join(number(row["effective_sample_size"]) for row in rows)
+        console.print(
+            f"Each drawn from {rows[0]['resampled_from']}, effective sample size {sizes}; the text cost counts it."
+        )

@@ -19,8 +19,8 @@ def draw(metrics: Mapping[str, Any], folder: Path) -> list[Path]:
     """A histogram of the ranks for each objective, with the band in which an exact sampler's bars would lie; a second
     row of them where one of several answers was drawn."""
     kinds = [kind for kind in _KINDS if metrics.get(kind, {}).get("pairs")]
-    answers = metrics.get("sampling", {}).get("answers", 1)
-    tables = [metrics] if answers == 1 else [metrics, {kind: metrics[kind]["resampled"] for kind in kinds}]
+    several = metrics.get("sampling", {}).get("resample", 1)
+    tables = [metrics] if several == 1 else [metrics, {kind: metrics[kind]["resampled"] for kind in kinds}]
     width = max(1, len(kinds))
     with styled():
         figure, axes = new_figure(len(tables), width, width=3.2 * width, height=3.2 * len(tables), sharey=True)
@@ -28,7 +28,7 @@ def draw(metrics: Mapping[str, Any], folder: Path) -> list[Path]:
             own = axes[number * width : (number + 1) * width]
             for at, (axis, kind) in enumerate(zip(own, kinds, strict=False)):
                 _histogram(axis, kind, found[kind], colour(at))
-            own[0].set_ylabel("density of guided answers" if number == 0 else f"one of {answers} answers")
+            own[0].set_ylabel("density of guided answers" if number == 0 else f"drawn from {several}")
         return [save(figure, folder / "conditional.svg")]
 
 

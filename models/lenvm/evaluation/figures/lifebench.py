@@ -21,6 +21,8 @@ _LABELS = {
     "paper_value": "paper's rule, values",
     "paper_length": "paper's rule, lengths",
     "posterior_resampled": "posterior, one of several",
+    "eos_gate_resampled": "gate on EOS, one of several",
+    "unguided_resampled": "prompt alone, one of several",
 }
 
 
@@ -37,8 +39,10 @@ def draw(metrics: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _look(mode: str) -> dict[str, Any]:
-    at = list(_LABELS).index(mode)
-    return {"color": GREY if mode == "unguided" else colour(at), "marker": marker(at), "label": _LABELS[mode]}
+    plain = mode.removesuffix("_resampled")
+    at = list(_LABELS).index(plain)
+    look = {"color": GREY if plain == "unguided" else colour(at), "marker": marker(at), "label": _LABELS[mode]}
+    return look if mode == plain else {**look, "markerfacecolor": "none"}
 
 
 def _title(kind: str) -> str:
@@ -99,7 +103,8 @@ def _by_target(metrics: Mapping[str, Any], modes: Sequence[str], kinds: Sequence
         for mode in modes:
             if "same_as" not in metrics[mode][kind]:
                 rows = _targets(metrics[mode][kind])
-                axis.plot(list(rows), [row["ls"] for row in rows.values()], **_look(mode))
+                line = "--" if mode.endswith("_resampled") else "-"
+                axis.plot(list(rows), [row["ls"] for row in rows.values()], line, **_look(mode))
         _target_axis(axis, list(_targets(metrics[modes[0]][kind])))
         axis.set_ylim(0, 104)
         axis.set_title(_title(kind))

@@ -46,8 +46,8 @@ def conditional(
     pairs_per_prompt: Annotated[
         int, typer.Option("--pairs-per-prompt", min=1, help="Guided answers of each prompt and objective.")
     ] = 3,
-    answers: Annotated[
-        int, typer.Option("--answers", min=1, help="Of each of these; one is drawn by importance weight.")
+    resample: Annotated[
+        int, typer.Option("--resample", metavar="K", min=1, help="Sample K of each and draw one by importance weight.")
     ] = 1,
     kinds: Annotated[
         str, typer.Option("--kinds", help="What is asked for, commas between them.")
@@ -95,7 +95,7 @@ def conditional(
         tasks=tasks,
         samples=samples,
         pairs_per_prompt=pairs_per_prompt,
-        answers=answers,
+        resample=resample,
         kinds=names(kinds),  # type: ignore[arg-type]  # checked by the settings
         tolerances={"equal_to": equal_tolerance, "at_most": tolerance, "at_least": tolerance},
         min_eos_prob=min_eos_prob,
@@ -155,8 +155,8 @@ def _print_conditional(metrics: Mapping[str, Any], kinds: Sequence[str]) -> None
     texts = table(["objective", "effective unguided", "gap log p/token", "95 %", "natural", "forced", "cost", "exact"],
                   text=("objective",))  # fmt: skip
     found = [(in_words(kind), metrics[kind]) for kind in kinds]
-    if sampling["answers"] > 1:
-        found += [(f"{in_words(kind)}, one of {sampling['answers']}", metrics[kind]["resampled"]) for kind in kinds]
+    if sampling["resample"] > 1:
+        found += [(f"{in_words(kind)}, 1 of {sampling['resample']}", metrics[kind]["resampled"]) for kind in kinds]
     for name, row in found:
         if not row["pairs"]:
             console.print(f"{name}: no prompt has a target for it")

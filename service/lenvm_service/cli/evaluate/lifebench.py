@@ -40,8 +40,11 @@ def lifebench(
     tasks: Annotated[int, typer.Option("--tasks", min=1, help="English tasks.")] = 100,
     tuning_tasks: Annotated[int, typer.Option("--tuning-tasks", min=1, help="Other tasks to tune the rules on.")] = 16,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers of each task and target.")] = 1,
-    answers: Annotated[
-        int, typer.Option("--answers", min=1, help="Above 1: also modes that draw one of so many by importance weight.")
+    resample: Annotated[
+        int,
+        typer.Option(
+            "--resample", metavar="K", min=1, help="Also modes that sample K answers and draw one by importance weight."
+        ),
     ] = 1,
     modes: Annotated[
         str | None, typer.Option("--modes", help="Some of the modes, commas between them. Default: all.")
@@ -99,8 +102,8 @@ def lifebench(
         tasks=tasks,
         tuning_tasks=tuning_tasks,
         samples=samples,
-        answers=answers,
-        modes=names(modes) if modes else MODES if answers == 1 else (*MODES, *RESAMPLED),
+        resample=resample,
+        modes=names(modes) if modes else MODES if resample == 1 else (*MODES, *RESAMPLED),
         kinds=names(kinds),  # type: ignore[arg-type]  # checked by the settings
         posterior_grid=[
             PosteriorRule(soft, strong, least)
@@ -179,17 +182,20 @@ def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str
         if "same_as" in row:
             console.print(f"{mode_name(mode, row)}: the same rule as {in_words(row['same_as'])}, so the same answers")
     for name, found in metrics["comparisons"][kind].items():
+        ours, _, other = name.partition("_minus_")
+        told = " minus ".join(mode_name(mode, metrics[mode][kind]) for mode in (ours, other))
         parts = (f"{key} {diff:+.1f} [{low:+.1f}, {high:+.1f}]" for key, (diff, low, high) in found.items())
-        console.print(f"{in_words(name)}: {', '.join(parts)} (95 % intervals, resampled by task)")
+        console.print(f"{told}: {', '.join(parts)} (95 % intervals, bootstrap by task)")
     for suffix in ("", "_resampled"):
         front = metrics.get(f"gate_front{suffix}", {}).get(kind, {})
+        ours, same = f"posterior{suffix}", " that draw from as many or have one" if suffix else ""
         for name, which in (("equal_cost", "the best mix of gates"), ("no_more_cost", "the best single gate")):
             if name in front:
                 difference, low, high = front[name]["posterior_minus_gate"]
                 verdict = "beats" if low > 0 else "is beaten by" if high < 0 else "is not told apart from"
                 console.print(
                     f"At its text cost ({front['equal_cost']['posterior_kl_per_sequence']:.1f} nats) "
-                    f"{in_words(f'posterior{suffix}')} {verdict} {which} on EOS{in_words(suffix)} (length score "
+                    f"{mode_name(ours, metrics[ours][kind])} {verdict} {which} on EOS{same} (length score "
                     f"{front[name]['ls']:.1f}, {front[name]['kl_per_sequence']:.1f} nats): "
                     f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
                 )
@@ -202,7 +208,7 @@ def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str
 def _how_chosen(metrics: Mapping[str, Any], mode: str, kind: str) -> str:
     tuning = metrics["tuning"]
     if mode.startswith("eos_gate") and kind in tuning["gates"]:
-        return " (tuned on other tasks)"
+        return " (tuned on other tasks, by single answers)"
     if kind not in tuning.get(mode, {}):
         return ""
     caps = f"{tuning['cost_cap']:g} nats and {percent(tuning['forced_cap'])} forced stops"

@@ -1,4 +1,4 @@
-"""``best_of`` of ``generate``: several answers to each prompt, and one of them drawn by importance weight."""
+"""``generate(..., resample=K)``: K answers to each prompt, and one of them drawn by importance weight."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def drawn(
     Raises InvalidRequestError for answers that no importance weight can be told of.
     """
     if not isinstance(output, torch.Tensor):
-        message = "best_of gives token ids alone: leave return_dict_in_generate out"
-        raise InvalidRequestError(message, param="best_of")
+        message = "resample gives token ids alone: leave return_dict_in_generate out"
+        raise InvalidRequestError(message, param="resample")
     kept, rows = [], []
     for at, objective in enumerate(objectives):
         first = at * of
