@@ -128,6 +128,22 @@ def test_waiting_requests_share_a_batch_up_to_the_budget(runner: Runner, make: A
     assert runner.batches == [[0], [1, 2, 3, 4, 5], [6, 7]]
 
 
+def test_who_has_waited_for_a_batch_waits_for_nobody_else(runner: Runner, make: Any) -> None:
+    async def scenario() -> None:
+        batcher = make(wait_s=30.0)
+        first = await held(runner, batcher)
+        waiting = [asyncio.create_task(batcher.submit([job(number)])) for number in (1, 2)]
+        await asyncio.to_thread(until, lambda: len(batcher._queue) == 2)
+        for entry in batcher._queue:
+            entry.ticket.arrived -= 31.0  # so long has the first batch taken
+        batcher._lone = False
+        runner.gate.set()
+        await asyncio.wait_for(asyncio.gather(first, *waiting), 10)
+        assert runner.batches == [[0], [1, 2]]
+
+    asyncio.run(scenario())
+
+
 def test_cells_bound_a_batch_too_but_one_job_is_always_taken(runner: Runner) -> None:
     batcher = Batcher(runner.run, lambda job: Cost(1, 100), options=BatcherOptions(budget_cells=150))
     batcher.start()

@@ -296,7 +296,9 @@ class Batcher:
                 self._lone = True
                 return []
             if not self._lone:
-                opened = time.monotonic()
+                # From its arrival on: what waited while the batch before was at work has waited for others already.
+                # Under load that is everyone, and a pause between two batches would lengthen all that follow.
+                opened = self._queue[0].ticket.arrived
                 while self._queued_tokens < self._batch_budget() and not self._stopping:
                     left = opened + self.options.wait_s - time.monotonic()
                     if left <= 0:

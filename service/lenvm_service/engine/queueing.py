@@ -30,7 +30,7 @@ class BatcherOptions:
     Args:
         budget_tokens, budget_cells: most of a batch; it takes one job at least.
         batch_s: most work of a batch, in seconds at the rate of late: who comes next waits for no longer.
-        wait_s: how long a batch is held open for others.
+        wait_s: how long a batch is held open for others, from the arrival of the request that goes first.
         max_queue_tokens, max_queue_s: most that may wait.
         stall_s: a heartbeat older than this is no life sign.
     """
