@@ -197,23 +197,28 @@ class EngineMetrics:
             metrics.shared_dropped.labels(model, reason)
         for source in ("computed", "cached", "shared", "promoted"):
             metrics.tokens.labels(model, source)
+        # Of every request: looking the series up would take longer than all else that is done with it.
+        self._queue_tokens, self._queue_seconds = (
+            metrics.queue_tokens.labels(model),
+            metrics.queue_seconds.labels(model),
+        )
 
     @classmethod
     def nowhere(cls) -> EngineMetrics:
         """Metrics that nobody reads."""
         return cls(Metrics(), "none")
 
-    def row(self, kind: str, outcome: str) -> None:
-        """One answered row: "predict", "tokens" or "candidates"; "ok" or the type of its error."""
-        self._metrics.rows.labels(self._model, kind, outcome).inc()
+    def rows(self, kind: str, outcome: str, count: int) -> None:
+        """So many answered rows: "predict", "tokens" or "candidates"; "ok" or the type of their error."""
+        self._metrics.rows.labels(self._model, kind, outcome).inc(count)
 
     def waited(self, seconds: float) -> None:
         """A request's first row begins."""
-        self._metrics.queue_seconds.labels(self._model).observe(seconds)
+        self._queue_seconds.observe(seconds)
 
     def queued(self, tokens: int) -> None:
         """New tokens that wait now."""
-        self._metrics.queue_tokens.labels(self._model).set(tokens)
+        self._queue_tokens.set(tokens)
 
     def batch(self, rows: int, tokens: int, seconds: float) -> None:
         """One batch is done."""

@@ -165,8 +165,11 @@ class Batcher:
             raise DeadlineExceededError("the deadline had passed when the request arrived: give it more time")
         self._enqueue(ticket, jobs, now + _PRIORITY_STEP_S * priority, reservation)
         try:
-            async with asyncio.timeout(None if deadline is None else deadline - now):
+            if deadline is None:
                 await ticket.future
+            else:
+                async with asyncio.timeout(deadline - now):
+                    await ticket.future
         except TimeoutError:
             self._drop(ticket)
             raise DeadlineExceededError("the deadline passed before the work was done: give it more time") from None

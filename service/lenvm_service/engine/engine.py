@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,9 +369,12 @@ class Engine:
         if self.tier is not None and core.counts.computed_tokens >= _MEASURED:
             self.tier.costs.computed(core.counts.computed_tokens, time.perf_counter() - since)
         if self._metrics is not None:
-            for job, result in zip(jobs, results, strict=True):
-                outcome = "ok" if isinstance(result, dict) else result.code
-                self._metrics.row(_KINDS[type(job)], outcome)
+            answered = Counter(
+                (_KINDS[type(job)], "ok" if isinstance(result, dict) else result.code)
+                for job, result in zip(jobs, results, strict=True)
+            )
+            for (kind, outcome), count in answered.items():
+                self._metrics.rows(kind, outcome, count)
             self._note_work(core)
         return results
 
