@@ -226,5 +226,5 @@ def _print_answers(rows: list[dict[str, Any]], objective: Objective | None) -> N
     if "resampled_from" in rows[0]:
         sizes = ", ".join(number(row["effective_sample_size"]) for row in rows)
         console.print(
-            f"Each drawn from {rows[0]['resampled_from']}, effective sample size {sizes}; the text cost counts it."
+            f"Each drawn from {rows[0]['resampled_from']}, effective sample size {sizes}. The text cost counts that."
         )
