@@ -80,9 +80,6 @@ def resample(objective: Objective, lengths: ArrayLike, text_costs: ArrayLike, dr
 def resample_answers(objective: Objective, answers: Sequence[T], draw: float) -> tuple[T, Resampled]:
     """``resample`` for answers that are dataclasses with ``length`` and ``text_cost``, as the sampler's are: the one
     that was drawn, with the text cost of the draw."""
-    found = resample(objective, [_of(each).length for each in answers], [_of(each).text_cost for each in answers], draw)
-    return replace(_of(answers[found.index]), text_cost=found.text_cost), found
-
-
-def _of(answer: Any) -> Any:
-    return answer
+    known: Sequence[Any] = answers
+    found = resample(objective, [each.length for each in known], [each.text_cost for each in known], draw)
+    return replace(known[found.index], text_cost=found.text_cost), found
