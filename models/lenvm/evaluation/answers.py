@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO, TypeAlias
 from lenvm.decoding import Generation
 from lenvm.errors import DataError
 
-__all__ = ["Answer", "AnswerFile", "Key", "Keyed"]
+__all__ = ["Answer", "AnswerFile", "Key", "Keyed", "check_complete", "recorded_settings"]
 
 Key: TypeAlias = tuple[str | int, ...]
 _FORMAT = 2
@@ -50,12 +50,25 @@ class AnswerFile:
             that was cut in the middle is dropped.
         settings: everything that an answer depends on but its key (JSON values).
         others: files of other processes of the same run, read and left as they are.
+        hardware: the device in words; it is noted before the answers that are made on it.
+
+    Attributes:
+        hardware: all devices that made the answers, as the files name them.
 
     Raises DataError for a file of other settings and for one that cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], others: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        settings: Mapping[str, Any],
+        others: Sequence[Path] = (),
+        *,
+        hardware: str | None = None,
+    ) -> None:
         self._answers: dict[Key, Answer] = {}
+        self.hardware: list[str] = []
+        self._here, self._noted = hardware, hardware is None
         self._stream: TextIO | None = None
         # Through JSON and back, so that what is compared is what the file can hold (tuples are lists there).
         header: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, "settings": dict(settings)}))
@@ -83,6 +96,8 @@ class AnswerFile:
                 found = json.loads(line)
                 if number == 1:
                     _compare(path, found, header)
+                elif list(found) == ["hardware"]:
+                    self._note(str(found["hardware"]))
                 else:
                     key, *fields = (found[name] for name in ("key", *Answer.__annotations__))
                     if not isinstance(key, list):
@@ -91,6 +106,10 @@ class AnswerFile:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}:{number} is not a line of answers: choose another --work") from error
         return end
+
+    def _note(self, hardware: str) -> None:
+        if hardware not in self.hardware:
+            self.hardware.append(hardware)
 
     def _keep(self, key: Key, answer: Answer) -> None:
         held = self._answers.get(key)
@@ -116,6 +135,10 @@ class AnswerFile:
 
     def add(self, job: Keyed, generation: Generation) -> None:
         """Keep an answer; it is in the file when this returns."""
+        if not self._noted and self._here is not None:
+            self._noted = True
+            self._note(self._here)
+            self._write({"hardware": self._here})
         answer = Answer(
             len(generation.token_ids),
             list(generation.token_ids) if job.keeps_tokens else None,
@@ -131,6 +154,26 @@ class AnswerFile:
         if self._stream is not None:
             self._stream.write(json.dumps(line, separators=(",", ":")) + "\n")
             self._stream.flush()
+
+
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """The settings that the answers of a file share. Raises DataError for a file that holds none."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            settings = json.loads(stream.readline())["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError("settings are an object")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): give a file that --work wrote") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no file of answers: give one that --work wrote") from error
+    return settings
+
+
+def check_complete(missing: Sequence[Any], *, report_only: bool) -> None:
+    """Raise DataError where answers would have to be sampled although the files were to hold all of them."""
+    if missing and report_only:
+        raise DataError(f"{len(missing)} answers are in none of the --work files: run it without --report-only")
 
 
 def _compare(path: Path, found: Any, header: Mapping[str, Any]) -> None:

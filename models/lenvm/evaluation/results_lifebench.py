@@ -39,7 +39,9 @@ def modes(metrics: Mapping[str, Any]) -> str:
         if rows:
             head = ["mode", "length score", "within 5 %", "text cost (nats)", "cost, targets of 64+", "forced stops",
                     "natural ends", "empty", "rep-4"]  # fmt: skip
-            parts.append(f"**{_words(kind)}**\n\n" + table(head, rows))
+            made = dig(metrics, "made", kind)
+            when = "" if made is None else f" (of an earlier run: commit {made['commit']}, {made['date'][:10]})"
+            parts.append(f"**{_words(kind)}**{when}\n\n" + table(head, rows))
     return "\n\n".join(parts)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lenvm.backbones import encode_chat
 from lenvm.decoding import Guide, Request, SamplingParams
 from lenvm.errors import DataError, InvalidRequestError
-from lenvm.evaluation.answers import AnswerFile, Key
+from lenvm.evaluation.answers import AnswerFile, Key, check_complete
 from lenvm.evaluation.conditional import Pair, Sampled, conditional_metrics, draw_target
 from lenvm.evaluation.lifebench import KINDS, Kind, load_tasks, without_requirement
 from lenvm.evaluation.lifebench_gates import FREE, gate_guide
@@ -138,20 +138,23 @@ def run_conditional(
     others: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    hardware: str | None = None,
+    report_only: bool = False,
 ) -> dict[str, Any]:
     """``metrics``: ``kind -> conditional_metrics`` with ``by_domain``, and ``sampling`` (what was asked and left out).
     With several answers a pair (``resample``), each kind has them for the first of these, and ``resampled`` for the one
     that was drawn.
 
     Answers in ``work`` and ``others`` are used again where their settings match, and new ones go to ``work``; what is
-    asked of a prompt hangs on that prompt alone, so that parts add up to the whole. Raises DataError where every prompt
-    is left out.
+    asked of a prompt hangs on that prompt alone, so that parts add up to the whole. ``hardware``: this device in words;
+    ``sampled_on`` are all that made answers. Raises DataError where every prompt is left out and, if ``report_only``,
+    for a missing answer.
     """
     asked, too_long = _prompts(generator, data, settings)
     if not asked:
         raise DataError(f"no prompt leaves room for {settings.max_new_tokens} tokens: lower --max-new-tokens")
-    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others) as store:
-        run = _Runner(generator, scorer, settings, store, progress)
+    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others, hardware=hardware) as store:
+        run = _Runner(generator, scorer, settings, store, progress, report_only)
         unguided_jobs = {prompt.id: [_Job(prompt, at) for at in range(settings.samples)] for prompt in asked}
         run.sample("unguided", [job for jobs in unguided_jobs.values() for job in jobs])
         unguided = {name: [_sampled(store, job) for job in jobs] for name, jobs in unguided_jobs.items()}
@@ -168,6 +171,7 @@ def run_conditional(
             sizes = [size for job, _, size in drawn if job.kind == kind]
             metrics[kind]["resampled"] = found | ({"effective_sample_size": float(np.mean(sizes))} if sizes else {})
     answers = [answer for found in unguided.values() for answer in found]
+    metrics["sampled_on"] = store.hardware
     metrics["sampling"] = {
         "prompts": len(asked),
         "prompts_too_long": too_long,
@@ -250,10 +254,12 @@ class _Runner:
     settings: ConditionalSettings
     store: AnswerFile
     progress: Progress | None
+    report_only: bool = False
 
     def sample(self, stage: str, jobs: Sequence[_Job]) -> None:
         """All of ``jobs`` in one stream; neighbours with one prompt share its keys and values."""
         missing = [job for job in jobs if job not in self.store]
+        check_complete(missing, report_only=self.report_only)
         if not missing:
             return
         requests = [

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from lenvm.backbones import encode_chat
 from lenvm.decoding import Guide, Request
 from lenvm.errors import InvalidRequestError
-from lenvm.evaluation.answers import Answer, AnswerFile
+from lenvm.evaluation.answers import Answer, AnswerFile, check_complete
 from lenvm.evaluation.lifebench import Kind, Row, aggregate_modes, build_prompt, length_score, load_tasks
 from lenvm.evaluation.lifebench_compare import Points, compare, front_metrics
 from lenvm.evaluation.lifebench_draw import drawn
@@ -38,6 +38,8 @@ def run_lifebench(
     others: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    hardware: str | None = None,
+    report_only: bool = False,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Metrics and every answer of the test.
 
@@ -47,16 +49,17 @@ def run_lifebench(
     with its ``resampling``), ``gate_front_resampled``, and ``tuning.posterior_resampled``.
 
     Answers in ``work`` and ``others`` are used again where their settings match, and new ones go to ``work``;
-    ``identity`` names what else an answer depends on (checkpoint, precision, device). Rows in flight share a batch,
-    whatever they are. Raises InvalidRequestError where no task is left to tune on and DataError for work files of other
-    settings.
+    ``identity`` names what else an answer depends on (checkpoint, precision, device), ``hardware`` this device in
+    words; ``sampled_on`` are all that made answers. Rows in flight share a batch, whatever they are. Raises
+    InvalidRequestError where no task is left to tune on and DataError for work files of other settings and, if
+    ``report_only``, for a missing answer.
     """
     everything = load_tasks(data, n=None, seed=settings.seed)
     tests, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
     if not tuning and (settings.tunes_gates or settings.tunes_posterior):
         raise InvalidRequestError(f"all {len(everything)} tasks are in the test: the rules need some to be tuned on")
-    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others) as store:
-        runner = _Runner(generator, scorer, settings, store, progress)
+    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others, hardware=hardware) as store:
+        runner = _Runner(generator, scorer, settings, store, progress, report_only)
         policies = fixed_policies(settings)
         # What waits for nothing runs first and together; only the rules that are tuned wait.
         first = [
@@ -103,6 +106,7 @@ def run_lifebench(
     return _metrics(rows, policies, tuned, points, settings) | {
         "limits": _limits(rows, settings, generator.sampler.context),
         "tuning": tuned.to_dict(tuning, settings),
+        "sampled_on": store.hardware,
     }, rows
 
 
@@ -159,6 +163,7 @@ class _Runner:
     settings: LifebenchSettings
     store: AnswerFile
     progress: Progress | None
+    report_only: bool = False
     prompts: dict[tuple[str, Kind, int], list[int]] = field(default_factory=dict)
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -169,6 +174,7 @@ class _Runner:
             for job in family:
                 if job not in self.store and (job.keeps_tokens or job.key not in missing):
                     missing[job.key] = job
+            check_complete(list(missing), report_only=self.report_only)
             if missing:
                 # The longest first: a batch must not end with a few rows that have everything before them. Then by
                 # task: neighbours with one prompt share its keys and values.

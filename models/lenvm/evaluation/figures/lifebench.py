@@ -63,13 +63,14 @@ def _scores_and_costs(metrics: Mapping[str, Any], modes: Sequence[str], kinds: S
             axis.plot(between, mix, line, linewidth=1, label=f"best mix of gates{label}", **plain)
             if not label:
                 axis.plot(*zip(*points, strict=True), ".", markersize=4, label="gates that were tuned", **plain)
-        for mode in modes:
+        made = [mode for mode in modes if kind in metrics[mode]]
+        for mode in made:
             row = metrics[mode][kind]
             if "same_as" not in row:
                 axis.plot([row["kl_per_sequence"]], [row["ls"]], linestyle="none", zorder=3, **_look(mode))
         # The paper's rules cost hundreds of nats, gates some, and the prompt alone nothing.
         axis.set_xscale("symlog", linthresh=10, linscale=1.5)
-        axis.set_xlim(-0.5, 1.3 * max(30.0, *(metrics[mode][kind]["kl_per_sequence"] for mode in modes)))
+        axis.set_xlim(-0.5, 1.3 * max(30.0, *(metrics[mode][kind]["kl_per_sequence"] for mode in made)))
         plain_ticks(axis.xaxis, [0, 2, 4, 6, 8, 10, 30, 100, 300, 1000])
         axis.set_ylim(0, 104)
         axis.set_title(_title(kind))
@@ -101,7 +102,7 @@ def _by_target(metrics: Mapping[str, Any], modes: Sequence[str], kinds: Sequence
     figure, axes = new_figure(1, len(kinds), width=3.4 * len(kinds), height=3.7, sharey=True)
     for axis, kind in zip(axes, kinds, strict=True):
         for mode in modes:
-            if "same_as" not in metrics[mode][kind]:
+            if kind in metrics[mode] and "same_as" not in metrics[mode][kind]:
                 rows = _targets(metrics[mode][kind])
                 line = "--" if mode.endswith("_resampled") else "-"
                 axis.plot(list(rows), [row["ls"] for row in rows.values()], line, **_look(mode))
@@ -115,6 +116,7 @@ def _by_target(metrics: Mapping[str, Any], modes: Sequence[str], kinds: Sequence
 def _lengths(metrics: Mapping[str, Any], modes: Sequence[str], kinds: Sequence[str], path: Path) -> Path:
     """Bands of 5-95 % and 25-75 % of the answers around their median, the best two modes beside the prompt alone."""
     shown = [mode for mode in ("posterior", "eos_gate", "unguided") if mode in modes] or list(modes[:1])
+    kinds = [kind for kind in kinds if all(kind in metrics[mode] for mode in shown)]
     figure, axes = new_figure(
         len(kinds), len(shown), width=3.2 * len(shown), height=2.7 * len(kinds) + 0.4, sharex=True, sharey="row"
     )

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +19,12 @@ from lenvm_service.cli._output import number
 __all__ = [
     "Dtype",
     "FiguresOption",
+    "ReportOnlyOption",
     "ReportOption",
     "WorkOption",
     "check_writable",
     "draw",
+    "identity_of",
     "in_words",
     "names",
     "numbers",
@@ -45,6 +47,9 @@ ReportOption = Annotated[
 ]
 FiguresOption = Annotated[
     Path | None, typer.Option("--figures", metavar="DIR", help="Also draw the figures of this report into this folder.")
+]
+ReportOnlyOption = Annotated[
+    bool, typer.Option("--report-only", help="Sample nothing: report what the --work files hold, on any machine.")
 ]
 WorkOption = Annotated[
     Path | None, typer.Option("--work", metavar="DIR", help="Where sampled answers are kept. Default: runs/NAME.")
@@ -86,13 +91,31 @@ def check_writable(*paths: Path | None) -> None:
             raise DataError(f"{path} cannot be written: make the folder {path.parent} first")
 
 
+def identity_of(
+    model: Any, dtype: str, device: str, work: Sequence[Path], *, report_only: bool = False
+) -> dict[str, Any]:
+    """What an answer depends on beside the settings of its evaluation. Of the device its kind counts: one run may be
+    divided over several GPUs. With ``report_only`` it is the one that the answers in ``work`` were made on."""
+    kind = device.partition(":")[0]
+    if report_only:
+        from lenvm.evaluation.answers import recorded_settings
+
+        there = [path for path in work if path.exists()]
+        if not there:
+            raise typer.BadParameter("--report-only reports what --work files hold: give them")
+        kind = recorded_settings(there[0]).get("device", kind)
+    return {"model": model.config.name, "files": model.config.files, "dtype": dtype, "device": kind}
+
+
 def publish(report: Path | None, metrics: Mapping[str, Any], device: str) -> None:
+    """Write the report; its device is what made the answers, where ``metrics`` name that (``sampled_on``)."""
     if report is None:
         return
     from lenvm.reports import device_name, write_report
 
     command = shlex.join(["lenvm", *sys.argv[1:]])
-    write_report(report, command=command, metrics=metrics, device=device_name(device))
+    made_on = " and ".join(metrics.get("sampled_on", ())) or device_name(device)
+    write_report(report, command=command, metrics=metrics, device=made_on)
 
 
 def draw(name: str, metrics: Mapping[str, Any], figures: Path | None) -> None:

@@ -24,9 +24,11 @@ from lenvm_service.cli._session import load_generator, load_scorer, need
 from lenvm_service.cli.evaluate._common import (
     Dtype,
     FiguresOption,
+    ReportOnlyOption,
     ReportOption,
     check_writable,
     draw,
+    identity_of,
     in_words,
     names,
     percent,
@@ -74,6 +76,7 @@ def conditional(
             help="Keep answers here as they end; a rerun with it goes on. Given again: other files to read.",
         ),
     ] = None,
+    report_only: ReportOnlyOption = False,
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of backbone and value model.")] = Dtype.float32,
     report: ReportOption = None,
@@ -86,6 +89,7 @@ def conditional(
     """
     need("train")
     from lenvm.evaluation.run_conditional import ConditionalSettings, pool_tokens, run_conditional
+    from lenvm.reports import device_name
     from lenvm.scoring import TorchScorer
 
     check_writable(report)
@@ -108,14 +112,8 @@ def conditional(
     )
     print_warnings(warnings)
     scorer = TorchScorer(loaded, pool_tokens=pool_tokens(generator, settings))
-    kind_of_device = device.partition(":")[0]  # one run may be divided over several GPUs
-    identity = {
-        "model": loaded.config.name,
-        "files": loaded.config.files,
-        "dtype": dtype.value,
-        "device": kind_of_device,
-    }
     files = work or []
+    identity = identity_of(loaded, dtype.value, device, files, report_only=report_only)
     # Each step makes thousands of small objects; without this every full collection walks all modules again.
     gc.collect()
     gc.freeze()
@@ -130,6 +128,8 @@ def conditional(
                 others=files[1:],
                 identity=identity,
                 progress=progress.update,
+                hardware=None if report_only else device_name(device),
+                report_only=report_only,
             )
     finally:
         gc.unfreeze()

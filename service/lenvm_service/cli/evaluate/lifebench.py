@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lenvm.errors import DataError
 from lenvm_service.cli._backend import ModelFacts
 from lenvm_service.cli._options import DEFAULT_MODEL, BackboneOption, DataOption, DeviceOption, JsonOption, ModelOption
 from lenvm_service.cli._output import ProgressReporter, number, print_json, print_warnings, stdout_console, table, title
@@ -16,9 +18,11 @@ from lenvm_service.cli._session import load_generator, load_scorer, need
 from lenvm_service.cli.evaluate._common import (
     Dtype,
     FiguresOption,
+    ReportOnlyOption,
     ReportOption,
     check_writable,
     draw,
+    identity_of,
     in_words,
     names,
     numbers,
@@ -80,6 +84,7 @@ def lifebench(
     texts: Annotated[
         Path | None, typer.Option("--texts", metavar="FILE", help="Also write every answer as JSON lines, to be read.")
     ] = None,
+    report_only: ReportOnlyOption = False,
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of backbone and value model.")] = Dtype.float32,
     report: ReportOption = None,
@@ -89,11 +94,13 @@ def lifebench(
     """Length scores of every mode under one sampler, each beside what it costs the text.
 
     Modes may be run one after another with the same --work, or at once with one --work each; a last run over all of
-    them, given every file, samples nothing and reports.
+    them, given every file, samples nothing and reports. A report that is there keeps the kinds that are not asked for.
     """
     need("train")
+    from lenvm.evaluation.lifebench_kinds import keep_other_kinds
     from lenvm.evaluation.lifebench_posterior import PosteriorRule
     from lenvm.evaluation.run_lifebench import MODES, RESAMPLED, LifebenchSettings, pool_tokens, run_lifebench
+    from lenvm.reports import device_name
     from lenvm.scoring import TorchScorer
 
     check_writable(report, texts)
@@ -122,14 +129,8 @@ def lifebench(
     )
     print_warnings(warnings)
     scorer = TorchScorer(loaded, pool_tokens=pool_tokens(generator, data, settings))
-    kind_of_device = device.partition(":")[0]  # one run may be divided over several GPUs
-    identity = {
-        "model": loaded.config.name,
-        "files": loaded.config.files,
-        "dtype": dtype.value,
-        "device": kind_of_device,
-    }
     files = work or []
+    identity = identity_of(loaded, dtype.value, device, files, report_only=report_only)
     # Each step makes thousands of small objects; without this every full collection walks all modules again.
     gc.collect()
     gc.freeze()
@@ -144,11 +145,15 @@ def lifebench(
                 others=files[1:],
                 identity=identity,
                 progress=progress.update,
+                hardware=None if report_only else device_name(device),
+                report_only=report_only,
             )
     finally:
         gc.unfreeze()
     if texts is not None:
         _write_texts(texts, rows, generator.tokenizer)
+    if report is not None and report.exists():
+        metrics = keep_other_kinds(metrics, settings.kinds, _report_of(report))
     publish(report, metrics, device)
     draw("lifebench", metrics, figures)
     if as_json:
@@ -156,6 +161,16 @@ def lifebench(
     else:
         for kind in settings.kinds:
             _print_lifebench(metrics, settings.modes, kind)
+
+
+def _report_of(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found.get("metrics"), dict):
+            raise TypeError("a report has metrics")
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise DataError(f"{path} is no report that kinds could be kept of: choose another --report") from error
+    return found  # type: ignore[no-any-return]
 
 
 def _print_lifebench(metrics: Mapping[str, Any], modes: Sequence[str], kind: str) -> None:
@@ -217,8 +232,6 @@ def _how_chosen(metrics: Mapping[str, Any], mode: str, kind: str) -> str:
 
 
 def _write_texts(path: Path, rows: Sequence[Any], tokenizer: Any) -> None:
-    import json
-
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
             text = tokenizer.decode(list(row.token_ids))

@@ -19,6 +19,7 @@ from lenvm_service.cli.evaluate._common import (
     Dtype,
     ReportOption,
     check_writable,
+    identity_of,
     in_words,
     names,
     percent,
@@ -112,8 +113,7 @@ def tradeoff(
     )
     print_warnings(warnings)
     scorer = TorchScorer(loaded, pool_tokens=pool_tokens(generator, data, settings))
-    identity = {"model": loaded.config.name, "files": loaded.config.files, "dtype": dtype.value}
-    identity["device"] = device.partition(":")[0]  # two GPUs of one kind may share a run
+    identity = identity_of(loaded, dtype.value, device, ())
     # Each step makes thousands of small objects; without this every full collection walks all modules again.
     gc.collect()
     gc.freeze()
