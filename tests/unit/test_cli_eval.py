@@ -109,6 +109,58 @@ def test_lifebench(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsy
     assert "unknown kind exactly" in capsys.readouterr().err
 
 
+def test_a_report_from_answers_that_were_made_elsewhere(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And kind by kind: a report keeps those that a run did not make, with what made them."""
+    report, work, drawn = tmp_path / "lifebench.json", tmp_path / "work.jsonl", tmp_path / "figures"
+    command = [
+        "eval", "lifebench", "--data", str(tiny_data), "--model", str(tiny_checkpoint), "--tasks", "2",
+        "--targets", "8", "--modes", "unguided,posterior", "--report", str(report), "--figures", str(drawn),
+    ]  # fmt: skip
+    assert main([*command, "--report-only"]) == 2
+    assert "give them" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--work", str(work), "--report-only"]) == 2  # it is not there yet
+    assert main([*command, "--work", str(work), "--kinds", "equal_to"]) == 0
+    first = json.loads(report.read_text())
+    # As if a GPU had made them.
+    lines = work.read_text().splitlines()
+    header = json.loads(lines[0])
+    header["settings"]["device"] = "cuda"
+    lines[0], lines[1] = json.dumps(header), json.dumps({"hardware": "Some GPU"})
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert main([*command, "--work", str(elsewhere), "--kinds", "equal_to"]) == 1
+    assert "device differ" in " ".join(capsys.readouterr().err.split())
+    before = elsewhere.read_bytes()
+    assert main([*command, "--work", str(elsewhere), "--kinds", "equal_to", "--report-only"]) == 0
+    assert elsewhere.read_bytes() == before
+    again = json.loads(report.read_text())
+    assert (again["device"], again["metrics"]["posterior"]) == ("Some GPU", first["metrics"]["posterior"])
+    assert "made" not in again["metrics"]
+    capsys.readouterr()
+    assert main([*command, "--work", str(elsewhere), "--kinds", "at_most", "--report-only"]) == 1
+    assert "2 answers are in none of the --work files" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--work", str(work), "--kinds", "at_most"]) == 0
+    both = json.loads(report.read_text())
+    assert both["metrics"]["posterior"]["equal_to"] == again["metrics"]["posterior"]["equal_to"]
+    assert set(both["metrics"]["posterior"]) == set(both["metrics"]["comparisons"]) == {"equal_to", "at_most"}
+    made = both["metrics"]["made"]
+    assert set(made) == {"equal_to"}
+    assert (made["equal_to"]["device"], made["equal_to"]["command"]) == ("Some GPU", again["command"])
+    assert both["device"] == first["device"] != "Some GPU"
+    # A third run keeps both, each with its own origin.
+    assert main([*command, "--work", str(work), "--kinds", "at_least"]) == 0
+    made = json.loads(report.read_text())["metrics"]["made"]
+    assert made["equal_to"]["device"] == "Some GPU"
+    assert made["at_most"]["command"] == both["command"]
+    report.write_text("[]")
+    capsys.readouterr()
+    assert main([*command, "--work", str(work), "--kinds", "at_most"]) == 1
+    assert "no report that kinds could be kept of" in " ".join(capsys.readouterr().err.split())
+
+
 def test_lifebench_says_which_gate_and_whether_it_is_beaten(
     tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from lenvm.backbones import encode_chat
 from lenvm.decoding import Generation, Request, SamplingParams
 from lenvm.errors import DataError, InvalidRequestError
 from lenvm.evaluation import run_lifebench as module
-from lenvm.evaluation.answers import Answer, AnswerFile
+from lenvm.evaluation.answers import Answer, AnswerFile, recorded_settings
 from lenvm.evaluation.lifebench import KINDS, Kind, Row, Task, build_prompt
 from lenvm.evaluation.lifebench_compare import front_metrics
 from lenvm.evaluation.lifebench_draw import drawn
@@ -352,6 +352,25 @@ def test_tuning_answers_are_kept_without_their_tokens(tmp_path: Path) -> None:
     # Whichever file holds the tokens, and in whatever order.
     with AnswerFile(tmp_path / "new", {}, [tmp_path / "w"]) as store:
         assert store[test].token_ids == [4, 5, 6]
+
+
+def test_answers_name_the_devices_that_made_them(tmp_path: Path) -> None:
+    task = Task("t", "en", "", "", "")
+    jobs = [Job(FREE, task, "at_most", target) for target in (8, 16, 32)]
+    generation = Generation(token_ids=[4], finished=True, text_cost=1.5, logprob=-2.0)
+    for device, job in zip(("A", "B", "B"), jobs, strict=True):
+        with AnswerFile(tmp_path / "w", {"seed": 1}, hardware=device) as store:
+            store.add(job, generation)
+    with AnswerFile(tmp_path / "w", {"seed": 1}, hardware="C") as store:  # which adds none
+        assert store.hardware == ["A", "B"]
+        assert all(job in store for job in jobs)
+    assert recorded_settings(tmp_path / "w") == {"seed": 1}
+    for content in ("", "{}", "[]\n", '{"settings": 1}\n'):
+        (tmp_path / "bad").write_text(content)
+        with pytest.raises(DataError, match="no file of answers"):
+            recorded_settings(tmp_path / "bad")
+    with pytest.raises(DataError, match="cannot be read"):
+        recorded_settings(tmp_path / "missing")
 
 
 def test_files_of_two_processes_are_one_run(run: Any, tmp_path: Path) -> None:
