@@ -59,7 +59,7 @@ _LINGER_S = 0.3  # after the last listener is closed: connections that were in u
 _PATIENCE_S = 5.0  # and so do those that were just accepted, however slow their clients are to send what they want
 _SWITCH_S = 0.0005
 _M_ARENA_MAX = -8  # of glibc's malloc.h
-_GC_THRESHOLDS = 20_000, 5, 1000  # pauses of milliseconds, and a full collection once in 10^8 objects that stay
+_GC_THRESHOLDS = 5_000, 1, 10_000  # pauses of some milliseconds, and a full collection once in 10^8 objects that stay
 _ABANDON_S = 2  # for requests that were told to end, to do so
 
 

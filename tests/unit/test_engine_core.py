@@ -402,6 +402,25 @@ def test_prefixes_share_their_blocks(core: EngineCore, full_forward: Any) -> Non
     assert step["cached_tokens"] == 64
 
 
+def test_a_short_shared_prefix_is_computed_again_where_that_is_sooner(
+    core: EngineCore, full_forward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(core.scorer), "least_prefix", 64)
+    system, longer = ids(26, 40), ids(27, 64)  # a block of 32 and a rest; two blocks
+    for prompt in (system, longer):
+        one(core, PredictJob(Prefix(prompt + ids(28, 5))))
+    again = system + ids(29, 9)
+    row = one(core, PredictJob(Prefix(again)))
+    assert row["cached_tokens"] == 0
+    logits, _ = full_forward(again)
+    assert row["value"] == pytest.approx(value_from_logit(float(logits[-1])), abs=1e-5)
+    assert one(core, PredictJob(Prefix(longer + ids(30, 9))))["cached_tokens"] == 64
+    assert one(core, CandidateJob(Prefix(system + ids(31, 3)), [5, 6]))["cached_tokens"] == 32
+    blocks = len(core.prefixes.blocks)
+    assert one(core, PredictJob(Prefix(system + ids(32, 9))))["cached_tokens"] == 0
+    assert len(core.prefixes.blocks) == blocks  # its first block is held already
+
+
 def test_a_prefix_that_ends_with_a_block_is_computed_to_its_last_token(core: EngineCore, full_forward: Any) -> None:
     text = ids(24, 96)
     one(core, PredictJob(Prefix([*text, 5])))

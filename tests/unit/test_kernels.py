@@ -243,6 +243,130 @@ for a, b in zip(*last):
 print("done")
 """
 
+PROMPTS = """
+import sys
+import numpy as np
+import torch
+import lenvm.scoring.prompt_graph as prompt_graph
+import lenvm.scoring.step_layers as step_layers
+from lenvm.cuda_graph import GraphError
+from lenvm.errors import PoolExhaustedError
+from lenvm.modeling import LengthValueModel
+from lenvm.paged import BlockPool, PoolShape
+from lenvm.paged.attention import HostPlan
+from lenvm.scoring import ScoreRow, TorchScorer
+
+def attention(query, keys, values, starts, width, scaling):
+    # FlashAttention is the GPU's: what it computes. Rows that pad the others are empty.
+    out = torch.zeros_like(query)
+    shared = query.shape[1] // keys.shape[1]
+    for first, end in zip(starts[:-1].tolist(), starts[1:].tolist()):
+        assert end - first <= width
+        q = query[first:end].transpose(0, 1)
+        k, v = (x[first:end].repeat_interleave(shared, 1).transpose(0, 1) for x in (keys, values))
+        mask = torch.ones(end - first, end - first, dtype=torch.bool).tril()
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        out[first:end] = mixed.transpose(0, 1)
+    return out
+
+step_layers.fresh_attention = attention
+prompt_graph._TOKENS = (64, 192)
+model = LengthValueModel.from_pretrained(sys.argv[1])
+plain = TorchScorer(model, pool_tokens=2048)
+unfused = plain.pool
+BlockPool.has_step_kernel = property(lambda self: self is not unfused)
+graphed = TorchScorer(LengthValueModel.from_pretrained(sys.argv[1]), pool_tokens=2048)
+pool = graphed._pool = BlockPool(PoolShape.of(model.decoder.config), max_blocks=65, initial_blocks=65, block_size=32)
+graphed._use_fused(compiled=False)
+steps = graphed._steps
+graphed._prompts = graphs = prompt_graph.PromptGraphs(steps.layers, steps.head, pool)
+
+def close(a, b):
+    for name in ("logits", "bin_logprobs", "candidate_logits", "candidate_bin_logprobs"):
+        one, other = getattr(a, name), getattr(b, name)
+        assert one.shape == other.shape, (name, one.shape, other.shape)
+        np.testing.assert_allclose(one, other, atol=5e-5)
+    assert a.cached_tokens == b.cached_tokens and a.state.length == b.state.length
+
+def ask(prompts, **more):
+    return [s.score([ScoreRow(append=p) for p in prompts], **more) for s in (plain, graphed)]
+
+prompts = [[5 + (i * 7 + j) % 90 for j in range(n)] for i, n in enumerate((3, 33, 31, 1, 64))]
+called = []
+first = ask(prompts, meanwhile=lambda: called.append(len(pool._free)))
+assert len(called) == 2 and list(graphs._graphs) == [(192, 8, 128)]
+# Fewer tokens by the same graph, then another bucket: what pads them is written nowhere.
+second = ask([p[::-1] for p in prompts[:4]])
+third = ask([[9, 8], [7]])
+assert sorted(graphs._graphs) == [(64, 8, 128), (192, 8, 128)]
+before = [x.clone() for x in pool.stacked]
+graphed.score([ScoreRow(append=[6] * 50)])[0].state.close()
+for was, now in zip(before, pool.stacked):
+    changed = (was != now).flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    assert len(changed) == 2 and 0 not in changed, changed
+for found in (first, second, third):
+    for a, b in zip(*found):
+        close(a, b)
+# Keys and values are where later calls look for them.
+for found in (first, second, third):
+    more = [s.score([ScoreRow(x.state, [11], [12, 13]) for x in got]) for s, got in zip((plain, graphed), found)]
+    for a, b in zip(*more):
+        close(a, b)
+# More than the buckets hold, and what is no whole prompt, goes the plain way.
+for call in ([ScoreRow(append=[4] * 100), ScoreRow(append=[5] * 100)], [ScoreRow(append=[4, 5], candidates=[6])],
+             [ScoreRow(append=[4, 5, 6], values_from=0)]):
+    for a, b in zip(plain.score(call), graphed.score(call)):
+        close(a, b)
+assert len(graphs._graphs) == 2
+# Whole prompts among rows that go on from a prefix keep their graph.
+launched, launch = [], graphs.launch
+graphs.launch = lambda prompts, blocks: launched.append(len(prompts)) or launch(prompts, blocks)
+calls = [
+    [ScoreRow(got[0].state, [21] * 3), ScoreRow(append=[4] * 40), ScoreRow(got[1].state, [11], [12]),
+     ScoreRow(append=[5, 6])]
+    for got in first
+]
+for a, b in zip(plain.score(calls[0]), graphed.score(calls[1])):
+    close(a, b)
+assert launched == [2], launched
+used = pool.used_blocks
+def breaks(works):
+    raise ArithmeticError("the rest fails")
+forward, graphed._forward = graphed._forward, breaks
+try:
+    graphed.score(calls[1][:2])
+except ArithmeticError:
+    assert pool.used_blocks == used
+graphed._forward = forward
+assert launched == [2, 1], launched
+# All values of a row: the hidden states of a plan, by the same graph.
+ids = np.array(prompts[1])
+host = HostPlan(ids, np.arange(33), np.array([1] * 32 + [2]), np.arange(33) % 32, np.array([0, 33]))
+plan = type("Plan", (), {"host": host, "width": 33})()
+pool.allocate(2)
+with torch.inference_mode():
+    hidden = graphs(plan)
+    expected = plain.score([ScoreRow(append=prompts[1], values_from=0)])[0]
+    np.testing.assert_allclose(graphed.model.head(hidden).logits, expected.logits, atol=5e-5)
+# A prompt that has no room leaves nothing behind; a graph that cannot be recorded leaves the plain way.
+taken = pool.allocate(pool.free_blocks - 3)
+used = pool.used_blocks
+try:
+    graphed.score([ScoreRow(append=[4] * 40), ScoreRow(append=[4] * 40)])
+except PoolExhaustedError:
+    assert pool.used_blocks == used
+else:
+    raise SystemExit("there was room")
+pool.release(taken)
+def fails(bucket):
+    raise GraphError("no")
+graphs._graph = fails
+for a, b in zip(*ask(prompts[:2])):
+    close(a, b)
+assert graphed._prompts is None
+print("done")
+"""
+
 ROTATE = """
 import torch
 from lenvm.fused import norm, rotate
@@ -382,6 +506,10 @@ def test_graphed_scoring_by_the_library_s_products(tiny_checkpoint: Path) -> Non
 
 def test_generate_guided_on_the_device_equals_guided_by_the_host(tiny_backbone: Path, tiny_checkpoint: Path) -> None:
     run(DEVICE, str(tiny_backbone), str(tiny_checkpoint))
+
+
+def test_graphed_prompts_equal_the_plain_scorer(tiny_checkpoint: Path) -> None:
+    run(PROMPTS, str(tiny_checkpoint))
 
 
 def test_prompts_are_rotated_and_stored_in_place() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -24,6 +25,7 @@ from lenvm.paged.pool import BlockPool, to_device
 
 __all__ = [
     "ATTENTION",
+    "HostPlan",
     "Plan",
     "Row",
     "attend",
@@ -60,6 +62,17 @@ class _Group:
     mask: torch.Tensor  # [B, 1, T, S + T]
 
 
+@dataclass(frozen=True)
+class HostPlan:
+    """Where the tokens of a plan stand, on the host; all of them are stored."""
+
+    ids: NDArray[np.int64]  # [N]
+    positions: NDArray[np.int64]  # [N]
+    blocks: NDArray[np.int64]  # [N]
+    offsets: NDArray[np.int64]  # [N]
+    starts: NDArray[np.int64]  # [B + 1]
+
+
 @dataclass
 class Plan:
     """Where every token of a packed forward stands: ``N`` tokens, ``B`` rows, ``T`` = longest row."""
@@ -77,6 +90,7 @@ class Plan:
     width: int  # T
     groups: list[_Group] = field(default_factory=list)
     fresh: bool = False  # no row has a prefix or candidates, and the GPU has a kernel for that
+    host: HostPlan | None = None  # of a fresh plan
     capture: torch.Tensor | None = None  # [C] tokens whose keys and values come back (candidates)
     captured_keys: list[torch.Tensor] = field(default_factory=list)  # per layer [C, kv_heads, head_dim]
     captured_values: list[torch.Tensor] = field(default_factory=list)
@@ -139,6 +153,8 @@ def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) ->
             )
         )
     chosen = np.flatnonzero(~is_tail)
+    fresh = fresh and not step
+    ends = np.append(starts, total)
     return Plan(
         pool=pool,
         input_ids=tensor(ids),
@@ -148,10 +164,11 @@ def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) ->
         write_offsets=tensor(positions[written] % size) if len(written) else None,
         tables=tensor(tables),
         prefix_lens=tensor(prefixes),
-        starts=tensor(np.append(starts, total)),
+        starts=tensor(ends),
         width=width,
         groups=groups,
-        fresh=fresh and not step,
+        fresh=fresh,
+        host=HostPlan(ids, positions, blocks, positions % size, ends) if fresh else None,
         capture=tensor(chosen) if capture and len(chosen) else None,
     )
 

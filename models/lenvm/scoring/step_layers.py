@@ -120,8 +120,8 @@ class StepLayers:
         width: int,
         pool: BlockPool,
     ) -> torch.Tensor:
-        """Last hidden states ``[N, hidden]`` of whole prompts side by side: int64 ``[N]`` each, keys and values going
-        to ``offsets`` of ``blocks``; int32 ``starts [rows + 1]``, ``width`` the longest row."""
+        """Last hidden states ``[N, hidden]`` of whole prompts side by side: integers ``[N]`` each, keys and
+        values going to ``offsets`` of ``blocks``; int32 ``starts [rows + 1]``, ``width`` the longest row."""
         from lenvm.paged.kernels import rotate_and_store
         from lenvm.paged.layer_kernels import add_norm, silu_product
 
@@ -144,7 +144,7 @@ class StepLayers:
 
 
 class StepHead:
-    """The value head over a step's states: from ``[N, hidden]`` value logits and log-probabilities into ``[N, 1 + n]``.
+    """The value head over states: from ``[N, hidden]`` value logits and log-probabilities into ``[N, 1 + n]``.
 
     bfloat16 states take the first product on the matrix units, as exact as in float32: a float32 weight is the sum of
     three bfloat16 ones.
@@ -152,6 +152,7 @@ class StepHead:
 
     def __init__(self, head: ValueHead, dtype: torch.dtype) -> None:
         self.head = head
+        self.width = head.output.out_features  # of what comes out
         self.fused = head.input is not None and head.output.out_features > 1 and not head.gives_value
         first = head.input if head.input is not None else head.output
         rest, self.parts = first.weight.detach(), []

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["TorchScorer", "TorchState"]
 
 _log = logging.getLogger(__name__)
+_LEAST_PREFIX = 128
 _STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of their own
 
 
@@ -75,6 +76,11 @@ class _Capture:
             first += len(user.ids)
             user.logits = user.logits.copy()
             user.bin_logprobs = None if user.bin_logprobs is None else user.bin_logprobs.copy()
+
+
+def _is_whole(row: ScoreRow) -> bool:
+    """A prompt from its first token on, wanted at its last one alone."""
+    return row.state is None and row.values_from is None and not len(row.candidates)
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -228,7 +234,7 @@ class TorchScorer:
         from lenvm.decoding.step_decoder import StepDecoder
         from lenvm.scoring.prompt_graph import PromptGraphs
         from lenvm.scoring.step_graph import StepGraphs
-        from lenvm.scoring.step_layers import StepLayers
+        from lenvm.scoring.step_layers import StepHead, StepLayers
 
         self._decoder = StepDecoder(self.model.decoder, compiled=compiled, dynamic=True)
         fused = self._decoder.fused
@@ -236,7 +242,14 @@ class TorchScorer:
             layers = StepLayers(self.model.decoder, fused, self._context)
             self._steps = StepGraphs(self.model, self.pool, layers)
             if self.model.device.type == "cuda":
-                self._prompts = PromptGraphs(layers, self.pool)
+                head = StepHead(self.model.head, self.model.dtype)
+                self._prompts = PromptGraphs(layers, head, self.pool)
+
+    @property
+    def least_prefix(self) -> int:
+        """Tokens of a shared prefix of which fewer are sooner computed again than gone on from: whole prompts have a
+        graph of their own."""
+        return 0 if self.pool is None or self._prompts is None else _LEAST_PREFIX
 
     @property
     def has_graphs(self) -> bool:
@@ -301,6 +314,20 @@ class TorchScorer:
         self._compact()
         for row in rows:
             self.check(row)
+        if (prompted := self._prompted(rows, meanwhile)) is not None:
+            return prompted
+        if self._prompts is not None and (whole := [at for at, row in enumerate(rows) if _is_whole(row)]):
+            rest = [at for at, row in enumerate(rows) if not _is_whole(row)]
+            # One row that goes on from a prefix must not keep whole prompts from their graph.
+            if rest and (first := self._prompted([rows[at] for at in whole], None)) is not None:
+                try:
+                    second = self.score([rows[at] for at in rest], meanwhile)
+                except BaseException:
+                    for answer in first:
+                        answer.state.close()
+                    raise
+                by_row = dict(zip([*whole, *rest], [*first, *second], strict=True))
+                return [by_row[at] for at in range(len(rows))]
         if meanwhile is not None:
             meanwhile()
         works: list[_Work] = []
@@ -582,6 +609,43 @@ class TorchScorer:
             answers.append(RowScore(state, np.array([state.logit]), own, logits, bins, state.length))
         self._keep(capture)
         return answers
+
+    def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
+        """Whole prompts, wanted at their last tokens alone, by one graph; None for any other call, and where this GPU
+        or driver would not record it (for good)."""
+        if self._prompts is None or not all(map(_is_whole, rows)):
+            return None
+        tokens = sum(len(row.append) for row in rows)
+        if not 0 < tokens <= self.token_budget:
+            return None
+        pool, held = self.pool, list[_Held]()
+        try:
+            for row in rows:
+                held.append(_Held(pool, pool.fork([], 0, len(row.append))))
+            launched = self._prompts.launch([row.append for row in rows], [own.blocks for own in held])
+            if launched is None:
+                return None
+            try:
+                self._count(tokens)
+                if meanwhile is not None:
+                    meanwhile()
+            finally:
+                launched.wait()  # whatever happens: nothing else may be launched before
+        except GraphError as error:
+            self._leave_prompt_graphs(error)
+            return None
+        except BaseException:
+            held.clear()  # at once, and not when whoever catches this lets go of its frames
+            raise
+        results = []
+        for row, own, numbers in zip(rows, held, launched.numbers, strict=True):
+            # A copy: a state that lives long must not keep all numbers of its call alive.
+            kept = numbers.copy()
+            bins = kept[1:] if self.bins is not None else None
+            state = TorchState(own, len(row.append), float(kept[0]), bins)
+            none, no_bins = np.empty(0), None if bins is None else np.empty((0, len(bins)))
+            results.append(RowScore(state, kept[:1], None if bins is None else bins[None], none, no_bins, 0))
+        return results
 
     def _count(self, tokens: int) -> None:
         self.stats.forwards += 1

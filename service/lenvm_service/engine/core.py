@@ -207,7 +207,9 @@ class EngineCore:
             return self._known(job, chain, shared.record)
         # A prefix that is too long is refused: nothing is let go for its sake.
         if state is None and chain.length <= self.scorer.context:
-            state, tokens = self.prefixes.from_blocks(self.scorer, chain, shared)
+            # Computed again sooner than gone on from: the system prompt that all chats begin with, mostly.
+            least = getattr(self.scorer, "least_prefix", 0) if isinstance(job, PredictJob) else 0
+            state, tokens = self.prefixes.from_blocks(self.scorer, chain, shared, least=least)
             ids = ids[tokens:]
         return _Work(job, ScoreRow(state, ids), chain.length, chain)
 

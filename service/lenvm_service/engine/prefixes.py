@@ -92,9 +92,9 @@ class PrefixStore:
             raise PrefixUnknownError("this session is not held here: send the whole prefix", param="session")
         return session.chain.extend(ids), session.state
 
-    def from_blocks(self, scorer: Scorer, chain: Chain, shared: Shared | None) -> tuple[Any, int]:
+    def from_blocks(self, scorer: Scorer, chain: Chain, shared: Shared | None, *, least: int = 0) -> tuple[Any, int]:
         """A state of the longest part of the prefix that is held in blocks, here or by ``shared``, and its tokens;
-        (None, 0) where there is none."""
+        (None, 0) where there is none, or less than ``least`` tokens of it."""
         wanted = chain.blocks[: chain.usable]
         held = self.blocks.match(wanted)
         if shared is not None and shared.first <= len(held) < shared.first + len(shared.payloads):
@@ -107,7 +107,8 @@ class PrefixStore:
             self.blocks.put(wanted[len(held) : len(held) + len(loaded)], loaded)
             self.shared_tokens += len(loaded) * self.block_tokens
             held = held + loaded
-        return (scorer.join(held), len(held) * self.block_tokens) if held else (None, 0)
+        tokens = len(held) * self.block_tokens
+        return (scorer.join(held), tokens) if tokens and tokens >= least else (None, 0)
 
     def make_room(self, scorer: Scorer, blocks: int) -> None:
         """Let go of what was used longest ago until so many blocks of the pool are free, or nothing is held."""
