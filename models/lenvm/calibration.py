@@ -87,7 +87,7 @@ class Calibration:
         left, right = ends[..., :-1], ends[..., 1:]
         # A difference of two numbers near 1 is taken of their complements, so that small tails stay exact.
         upper = left > 0.0
-        mass = np.where(upper, _sigmoid(-left) - _sigmoid(-right), _sigmoid(right) - _sigmoid(left))
+        mass = _sigmoid(np.where(upper, -left, right)) - _sigmoid(np.where(upper, -right, left))
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(np.maximum(mass, 0.0)), dtype=np.float64)
 
@@ -305,7 +305,8 @@ def _level(logp: FloatArray, bins: LengthBins, length: ArrayLike) -> FloatArray:
 
 
 def _sigmoid(x: FloatArray) -> FloatArray:
-    return np.asarray(np.exp(-np.logaddexp(0.0, -x)), dtype=np.float64)
+    with np.errstate(over="ignore"):  # exp(-x) is infinite where the sigmoid is 0
+        return np.asarray(1.0 / (1.0 + np.exp(-x)), dtype=np.float64)
 
 
 def _array(value: Any, shape: tuple[int, ...], name: str) -> FloatArray:

@@ -52,15 +52,15 @@ def prediction_fields(
     values, horizons = value_from_logit(array), horizon_from_logit(array, gamma)
     rows: list[dict[str, Any]] = [
         {
-            "value": float(value),
-            "horizon": float(horizon),
+            "value": value,
+            "horizon": horizon,
             "mean": None,
             "quantiles": None,
             "p_exceeds_max_tokens": None,
-            "rank_key": float(horizon),
+            "rank_key": horizon,
             "saturated": None,
         }
-        for value, horizon in zip(values, horizons, strict=True)
+        for value, horizon in zip(values.tolist(), horizons.tolist(), strict=True)
     ]
     if distribution:
         for row in rows:
@@ -73,14 +73,18 @@ def prediction_fields(
     limits = np.array([0 if limit is None else limit for limit in max_tokens])
     exceeds = survival(spread, bins, limits)
     names = [level_name(level) for level in quantiles]
-    for at, row in enumerate(rows):
+    # Python's numbers of all rows at once: one by one they would cost a batch more than the arithmetic.
+    beyond_cap = np.asarray(saturated.any(axis=-1)).tolist()
+    numbers = zip(means.tolist(), lengths.tolist(), beyond_cap, exceeds.tolist(), strict=True)
+    for row, limit, (mean, levels, beyond, over) in zip(rows, max_tokens, numbers, strict=True):
         # The mean orders work better than the horizon, which discounts long answers.
-        row["mean"] = row["rank_key"] = float(means[at])
-        row["quantiles"] = dict(zip(names, map(int, lengths[at]), strict=True))
-        row["saturated"] = bool(saturated[at].any())
-        row["p_exceeds_max_tokens"] = None if max_tokens[at] is None else float(exceeds[at])
-        if distribution:
-            share = np.exp(np.asarray(spread[at], dtype=np.float64)).tolist()
+        row["mean"] = row["rank_key"] = mean
+        row["quantiles"] = dict(zip(names, levels, strict=True))
+        row["saturated"] = beyond
+        row["p_exceeds_max_tokens"] = None if limit is None else over
+    if distribution:
+        shares = np.exp(np.asarray(spread, dtype=np.float64)).tolist()
+        for row, share in zip(rows, shares, strict=True):
             row["distribution"] = {"lo": bins.lo.tolist(), "hi": bins.hi.tolist(), "probability": share}
     return rows
 

@@ -125,8 +125,9 @@ def _step_kernel(  # noqa: PLR0915
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
-        if part == 0:
-            # The tree mask's diagonal: each of the row's tokens sees itself and none of the others.
+        if part == parts - 1:
+            # The tree mask's diagonal: each of the row's tokens sees itself and none of the others. It falls to the
+            # last share, which has the fewest tiles.
             theirs = (c < count)[:, None]
             k_at = k_ptr + head * stride_kh + (start + c)[:, None] * stride_kn
             k_1, k_2 = _halves(k_at, k_norm_ptr, cos, sin, theirs, eps, D, ROTATE, NORM)

@@ -142,11 +142,14 @@ def _product_kernel(
             fetch(first + N * K + tl.where(mine, line * LINE, 0)[None, :])
         gdc_wait()
         gdc_launch_dependents()
-    scale = tl.full([BM], 1.0, tl.float32)
+    at = m_in[:, None] * N + n_in[None, :]
+    # What is wanted after the products is on its way while they are made.
     if PARTS > 0:
         part = tl.arange(0, BP)
         squares = tl.load(sum_ptr + part[:, None] * M + m_in[None, :], mask=(part < PARTS)[:, None], other=0.0)
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    if KIND == 2:
+        before = tl.load(out_ptr + at, mask=real, other=0.0)
+        weight = tl.load(norm_ptr + n_in)
     x_at = x_ptr + m_in[:, None] * K + k[None, :]
     w_at = w_ptr + n_in[None, :] * K + k[:, None]
     acc = tl.zeros([BM, BN], tl.float32)
@@ -165,19 +168,21 @@ def _product_kernel(
             else:
                 w = tl.load(w_at + N * K + step, mask=(step + k < K)[:, None], other=0.0)
             other = tl.dot(x, w, other, input_precision="ieee")
-    acc = acc * scale[:, None]
-    at = m_in[:, None] * N + n_in[None, :]
+    scale = tl.full([BM], 1.0, tl.float32)
+    if PARTS > 0:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        acc = acc * scale[:, None]
     if BIAS:
         acc += tl.load(bias_ptr + n_in).to(tl.float32)[None, :]
     if KIND == 1:
         acc = acc / (1.0 + tl.exp(-acc)) * (other * scale[:, None])
     if KIND == 2:
         # Rounded as a residual stream in this precision is: the norm reads what the next layer will read.
-        total = (acc + tl.load(out_ptr + at, mask=real, other=0.0).to(tl.float32)).to(out_ptr.dtype.element_ty)
+        total = (acc + before.to(tl.float32)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, total, mask=real)
         acc = tl.where(real, total.to(tl.float32), 0.0)
         tl.store(new_sum_ptr + tl.program_id(0) * M + m, tl.sum(acc * acc, 1), mask=m < M)
-        acc = acc * tl.load(norm_ptr + n_in).to(tl.float32)[None, :]
+        acc = acc * weight.to(tl.float32)[None, :]
         tl.store(scaled_ptr + at, acc.to(scaled_ptr.dtype.element_ty), mask=real)
     else:
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=real)

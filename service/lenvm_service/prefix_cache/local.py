@@ -56,9 +56,12 @@ class BlockCache:
     def put(self, blocks: Sequence[ChainBlock], held: Sequence[StateBlock]) -> None:
         """Keep blocks, aligned with ``held``, that follow one another."""
         self._tick[0] += 1
+        kept, now = self._blocks, self._tick[0]
         for block, state_block in zip(reversed(blocks), reversed(held), strict=True):
-            self._blocks[block.key] = state_block, self._tick[0]
-            self._blocks.move_to_end(block.key)
+            key = block.key
+            if key in kept:  # a new one stands at the end by itself
+                kept.move_to_end(key)
+            kept[key] = state_block, now
 
     def evict(self) -> bool:
         """Let go of the block that was used longest ago; False where there is none."""
