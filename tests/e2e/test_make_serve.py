@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    # Not what `make test ARGS=...` was given: make hands its variables on, and ARGS are those of `lenvm serve` too.
+    own = ("ARGS", "MODEL", "PORT")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in own}
     return subprocess.run(
         ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
