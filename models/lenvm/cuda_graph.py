@@ -22,10 +22,12 @@ def captured(step: Callable[[], None], pool: Any = None) -> Callable[[], None]:
     try:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    step()
+        finally:  # also of a step that fails: its buffers go, and what was launched before may still write them
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()

@@ -127,7 +127,10 @@ def test_a_report_from_answers_that_were_made_elsewhere(
     lines = work.read_text().splitlines()
     header = json.loads(lines[0])
     header["settings"]["device"] = "cuda"
-    lines[0], lines[1] = json.dumps(header), json.dumps({"hardware": "Some GPU"})
+    lines[0], lines[1] = (
+        json.dumps(header),
+        json.dumps({"made": {"device": "Some GPU", "commit": "abc", "versions": {}}}),
+    )
     elsewhere = tmp_path / "elsewhere.jsonl"
     elsewhere.write_text("\n".join(lines) + "\n")
     capsys.readouterr()

@@ -63,7 +63,7 @@ def run(generator: Any, tiny_model: Any, tiny_data: Path, monkeypatch: pytest.Mo
 
 def test_a_whole_run(run: Any) -> None:
     metrics, pairs, jobs = run()
-    assert set(metrics) == {*KINDS, "sampling", "sampled_on"}
+    assert set(metrics) == {*KINDS, "sampling", "sampled_by"}
     assert metrics["sampling"] | {"unguided_mean_length": 0, "unguided_cut_share": 0} == {
         "prompts": 6, "prompts_too_long": 0, "prompts_mostly_cut": 0, "samples": 16, "samples_for_targets": 4,
         "resample": 1, "max_new_tokens": 96, "strength": 1.0, "min_eos_prob": 0.0,

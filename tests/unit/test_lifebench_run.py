@@ -359,10 +359,10 @@ def test_answers_name_the_devices_that_made_them(tmp_path: Path) -> None:
     jobs = [Job(FREE, task, "at_most", target) for target in (8, 16, 32)]
     generation = Generation(token_ids=[4], finished=True, text_cost=1.5, logprob=-2.0)
     for device, job in zip(("A", "B", "B"), jobs, strict=True):
-        with AnswerFile(tmp_path / "w", {"seed": 1}, hardware=device) as store:
+        with AnswerFile(tmp_path / "w", {"seed": 1}, maker={"device": device}) as store:
             store.add(job, generation)
-    with AnswerFile(tmp_path / "w", {"seed": 1}, hardware="C") as store:  # which adds none
-        assert store.hardware == ["A", "B"]
+    with AnswerFile(tmp_path / "w", {"seed": 1}, maker={"device": "C"}) as store:  # which adds none
+        assert store.makers == [{"device": "A"}, {"device": "B"}]
         assert all(job in store for job in jobs)
     assert recorded_settings(tmp_path / "w") == {"seed": 1}
     for content in ("", "{}", "[]\n", '{"settings": 1}\n'):

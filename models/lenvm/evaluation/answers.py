@@ -50,10 +50,10 @@ class AnswerFile:
             that was cut in the middle is dropped.
         settings: everything that an answer depends on but its key (JSON values).
         others: files of other processes of the same run, read and left as they are.
-        hardware: the device in words; it is noted before the answers that are made on it.
+        maker: what makes new answers (device, commit, versions); it is noted before those that it makes.
 
     Attributes:
-        hardware: all devices that made the answers, as the files name them.
+        makers: everything that made the answers, as the files name it.
 
     Raises DataError for a file of other settings and for one that cannot be read or written.
     """
@@ -64,11 +64,11 @@ class AnswerFile:
         settings: Mapping[str, Any],
         others: Sequence[Path] = (),
         *,
-        hardware: str | None = None,
+        maker: Mapping[str, Any] | None = None,
     ) -> None:
         self._answers: dict[Key, Answer] = {}
-        self.hardware: list[str] = []
-        self._here, self._noted = hardware, hardware is None
+        self.makers: list[dict[str, Any]] = []
+        self._here = None if maker is None else dict(maker)
         self._stream: TextIO | None = None
         # Through JSON and back, so that what is compared is what the file can hold (tuples are lists there).
         header: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, "settings": dict(settings)}))
@@ -96,8 +96,8 @@ class AnswerFile:
                 found = json.loads(line)
                 if number == 1:
                     _compare(path, found, header)
-                elif list(found) == ["hardware"]:
-                    self._note(str(found["hardware"]))
+                elif list(found) == ["made"]:
+                    self._note(dict(found["made"]))
                 else:
                     key, *fields = (found[name] for name in ("key", *Answer.__annotations__))
                     if not isinstance(key, list):
@@ -107,9 +107,9 @@ class AnswerFile:
                 raise DataError(f"{path}:{number} is not a line of answers: choose another --work") from error
         return end
 
-    def _note(self, hardware: str) -> None:
-        if hardware not in self.hardware:
-            self.hardware.append(hardware)
+    def _note(self, maker: dict[str, Any]) -> None:
+        if maker not in self.makers:
+            self.makers.append(maker)
 
     def _keep(self, key: Key, answer: Answer) -> None:
         held = self._answers.get(key)
@@ -135,10 +135,10 @@ class AnswerFile:
 
     def add(self, job: Keyed, generation: Generation) -> None:
         """Keep an answer; it is in the file when this returns."""
-        if not self._noted and self._here is not None:
-            self._noted = True
+        if self._here is not None:
             self._note(self._here)
-            self._write({"hardware": self._here})
+            self._write({"made": self._here})
+            self._here = None
         answer = Answer(
             len(generation.token_ids),
             list(generation.token_ids) if job.keeps_tokens else None,

@@ -39,9 +39,7 @@ def modes(metrics: Mapping[str, Any]) -> str:
         if rows:
             head = ["mode", "length score", "within 5 %", "text cost (nats)", "cost, targets of 64+", "forced stops",
                     "natural ends", "empty", "rep-4"]  # fmt: skip
-            made = dig(metrics, "made", kind)
-            when = "" if made is None else f" (of an earlier run: commit {made['commit']}, {made['date'][:10]})"
-            parts.append(f"**{_words(kind)}**{when}\n\n" + table(head, rows))
+            parts.append(f"**{_words(kind)}**{_earlier(metrics, kind)}\n\n" + table(head, rows))
     return "\n\n".join(parts)
 
 
@@ -57,8 +55,9 @@ def gates(metrics: Mapping[str, Any]) -> str:
             if (found := front.get(name)) is not None:
                 rows.append(
                     [
-                        f"{_words(kind)}{of}", words, number(ours["ls"]), number(ours["kl_per_sequence"]),
-                        number(found["ls"]), number(found["kl_per_sequence"]), change(found["posterior_minus_gate"]),
+                        f"{_words(kind)}{of}{_earlier(metrics, kind)}", words, number(ours["ls"]),
+                        number(ours["kl_per_sequence"]), number(found["ls"]), number(found["kl_per_sequence"]),
+                        change(found["posterior_minus_gate"]),
                     ]
                 )  # fmt: skip
     if not rows:
@@ -93,7 +92,7 @@ def _targets(metrics: Mapping[str, Any], suffix: str) -> str:
     ]  # fmt: skip
     head = ["target (tokens)", "length score", "within 5 %", "mean length", "text cost (nats)", "forced stops",
             "natural ends", "score - that of gates at this cost (95 %)"]  # fmt: skip
-    caps = metrics.get("tuning", {})
+    caps = {**metrics.get("tuning", {}), **(dig(metrics, "made", "equal_to", "tuning") or {})}
     if "forced_cap" not in caps or not dig(caps, f"posterior{suffix}", "equal_to"):
         return table(head, rows)
     within = (
@@ -105,6 +104,11 @@ def _targets(metrics: Mapping[str, Any], suffix: str) -> str:
         f"stops{within}."
     )
     return f"{told}\n\n{table(head, rows)}"
+
+
+def _earlier(metrics: Mapping[str, Any], kind: str) -> str:
+    made = dig(metrics, "made", kind)
+    return "" if made is None else f" (of an earlier run: commit {made['commit']}, {made['date'][:10]})"
 
 
 def _words(name: str) -> str:

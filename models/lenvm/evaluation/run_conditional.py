@@ -138,7 +138,7 @@ def run_conditional(
     others: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    hardware: str | None = None,
+    maker: Mapping[str, Any] | None = None,
     report_only: bool = False,
 ) -> dict[str, Any]:
     """``metrics``: ``kind -> conditional_metrics`` with ``by_domain``, and ``sampling`` (what was asked and left out).
@@ -146,14 +146,14 @@ def run_conditional(
     that was drawn.
 
     Answers in ``work`` and ``others`` are used again where their settings match, and new ones go to ``work``; what is
-    asked of a prompt hangs on that prompt alone, so that parts add up to the whole. ``hardware``: this device in words;
-    ``sampled_on`` are all that made answers. Raises DataError where every prompt is left out and, if ``report_only``,
+    asked of a prompt hangs on that prompt alone, so that parts add up to the whole. ``maker``: what makes answers
+    here; ``sampled_by`` is all that made some. Raises DataError where every prompt is left out and, if ``report_only``,
     for a missing answer.
     """
     asked, too_long = _prompts(generator, data, settings)
     if not asked:
         raise DataError(f"no prompt leaves room for {settings.max_new_tokens} tokens: lower --max-new-tokens")
-    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others, hardware=hardware) as store:
+    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others, maker=maker) as store:
         run = _Runner(generator, scorer, settings, store, progress, report_only)
         unguided_jobs = {prompt.id: [_Job(prompt, at) for at in range(settings.samples)] for prompt in asked}
         run.sample("unguided", [job for jobs in unguided_jobs.values() for job in jobs])
@@ -171,7 +171,7 @@ def run_conditional(
             sizes = [size for job, _, size in drawn if job.kind == kind]
             metrics[kind]["resampled"] = found | ({"effective_sample_size": float(np.mean(sizes))} if sizes else {})
     answers = [answer for found in unguided.values() for answer in found]
-    metrics["sampled_on"] = store.hardware
+    metrics["sampled_by"] = store.makers
     metrics["sampling"] = {
         "prompts": len(asked),
         "prompts_too_long": too_long,

@@ -38,7 +38,7 @@ def run_lifebench(
     others: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    hardware: str | None = None,
+    maker: Mapping[str, Any] | None = None,
     report_only: bool = False,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Metrics and every answer of the test.
@@ -49,8 +49,8 @@ def run_lifebench(
     with its ``resampling``), ``gate_front_resampled``, and ``tuning.posterior_resampled``.
 
     Answers in ``work`` and ``others`` are used again where their settings match, and new ones go to ``work``;
-    ``identity`` names what else an answer depends on (checkpoint, precision, device), ``hardware`` this device in
-    words; ``sampled_on`` are all that made answers. Rows in flight share a batch, whatever they are. Raises
+    ``identity`` names what else an answer depends on (checkpoint, precision, device), ``maker`` what makes
+    them here; ``sampled_by`` is all that made answers. Rows in flight share a batch, whatever they are. Raises
     InvalidRequestError where no task is left to tune on and DataError for work files of other settings and, if
     ``report_only``, for a missing answer.
     """
@@ -58,7 +58,7 @@ def run_lifebench(
     tests, tuning = everything[: settings.tasks], everything[settings.tasks : settings.tasks + settings.tuning_tasks]
     if not tuning and (settings.tunes_gates or settings.tunes_posterior):
         raise InvalidRequestError(f"all {len(everything)} tasks are in the test: the rules need some to be tuned on")
-    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others, hardware=hardware) as store:
+    with AnswerFile(work, _depends_on(generator, settings, identity or {}), others, maker=maker) as store:
         runner = _Runner(generator, scorer, settings, store, progress, report_only)
         policies = fixed_policies(settings)
         # What waits for nothing runs first and together; only the rules that are tuned wait.
@@ -106,7 +106,8 @@ def run_lifebench(
     return _metrics(rows, policies, tuned, points, settings) | {
         "limits": _limits(rows, settings, generator.sampler.context),
         "tuning": tuned.to_dict(tuning, settings),
-        "sampled_on": store.hardware,
+        "sampled_by": store.makers,
+        "checkpoint": dict((identity or {}).get("files", {})),
     }, rows
 
 

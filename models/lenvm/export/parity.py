@@ -31,6 +31,7 @@ class Parity:
         return asdict(self)
 
 
+_ROWS = 16  # of a call
 # What a variant may lose against torch in float32, from the prompt on: (mean, largest) error of the value.
 LIMITS: dict[Variant, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "fp16": (0.005, 0.05), "int8": (0.02, 0.25)}
 # And torch itself, by the precision of the backbone, on any device.
@@ -57,23 +58,30 @@ def errors(reference: NDArray[np.float64], other: NDArray[np.float64], gamma: fl
 
 def state_logits(scorer: Scorer, texts: Sequence[tuple[Sequence[int], int]]) -> NDArray[np.float64]:
     """Value logits of all states that :func:`compare` looks at."""
-    return np.concatenate([_logits(scorer, ids, start) for ids, start in texts])
+    groups = (texts[first : first + _ROWS] for first in range(0, len(texts), _ROWS))
+    return np.concatenate([logits for group in groups for logits in _logits(scorer, group)])
 
 
-def _logits(scorer: Scorer, ids: Sequence[int], start: int) -> NDArray[np.float64]:
-    """Value logits of one text: at the end of the prompt, after each token of the answer, which goes on from the stored
-    prompt, and of two decoding steps with two candidates each, the second of which goes on with a promoted one."""
-    (opened,) = scorer.score([ScoreRow(append=ids[:start])])
-    found = [opened.logits]
-    if len(ids) > start:
-        found.append(scorer.score([ScoreRow(opened.state, ids[start:], values_from=0)])[0].logits)
-    state = opened.state
-    for at in range(start, min(start + 2, len(ids))):
-        append = [ids[at - 1]] if at > start else []
-        (answer,) = scorer.score([ScoreRow(state, append, [ids[at], ids[at - 1]])])
-        found.append(answer.candidate_logits)
-        state = answer.state
-    return np.concatenate(found)
+def _logits(scorer: Scorer, texts: Sequence[tuple[Sequence[int], int]]) -> list[NDArray[np.float64]]:
+    """Value logits of each text, all of them in one call: at the end of the prompt, after each token of the answer,
+    which goes on from the stored prompt, and of two decoding steps with two candidates each, the second of which goes
+    on with a promoted one."""
+    opened = scorer.score([ScoreRow(append=ids[:start]) for ids, start in texts])
+    found, states = [[answer.logits] for answer in opened], [answer.state for answer in opened]
+    longer = [at for at, (ids, start) in enumerate(texts) if start < len(ids)]
+    rows = [ScoreRow(states[at], texts[at][0][texts[at][1] :], values_from=0) for at in longer]
+    for at, answer in zip(longer, scorer.score(rows) if rows else [], strict=True):
+        found[at].append(answer.logits)
+    for step in range(2):
+        there, rows = [], []
+        for at, (ids, start) in enumerate(texts):
+            if (place := start + step) < len(ids):
+                there.append(at)
+                rows.append(ScoreRow(states[at], [ids[place - 1]] if step else [], [ids[place], ids[place - 1]]))
+        for at, answer in zip(there, scorer.score(rows) if rows else [], strict=True):
+            found[at].append(answer.candidate_logits)
+            states[at] = answer.state
+    return [np.concatenate(parts) for parts in found]
 
 
 def check_parity(variant: Variant, found: Parity) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "fresh_attention",
     "opaque_attention",
     "packed_forward",
+    "suits_fresh_attention",
     "use_paged_attention",
 ]
 
@@ -128,14 +129,7 @@ def build_plan(pool: BlockPool, rows: Sequence[Row], *, capture: bool = True) ->
 
     # A decoding step: every new token sees its prefix and itself alone, so the kernel needs no mask.
     step = pool.has_step_kernel and (bool((tails == 0).all()) or width == 1)
-    fresh = (
-        device.type == "cuda"
-        and pool.dtype in (torch.bfloat16, torch.float16)
-        and pool.shape.head_dim % 8 == 0
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and not prefixes.any()
-        and bool((tails == lengths).all())
-    )
+    fresh = suits_fresh_attention(pool) and not prefixes.any() and bool((tails == lengths).all())
     groups: list[_Group] = []
     for members in [] if step or fresh else _like_rows(lengths, prefixes, size):
         wide, deep = int(lengths[members].max()), pool.blocks_for(int(prefixes[members].max()))
@@ -246,6 +240,16 @@ def _fresh_attention(
     """``[heads, N, D]`` and ``[kv_heads, N, D]`` twice -> ``[N, heads, D]``; see :func:`fresh_attention`."""
     q, k, v = (x.transpose(0, 1) for x in (query, keys, values))
     return fresh_attention(q, k, v, plan.starts.int(), plan.width, scaling)
+
+
+def suits_fresh_attention(pool: BlockPool) -> bool:
+    """Whether the GPU has :func:`fresh_attention` for the pool's precision and heads."""
+    return (
+        pool.device.type == "cuda"
+        and pool.dtype in (torch.bfloat16, torch.float16)
+        and pool.shape.head_dim % 8 == 0
+        and torch.cuda.get_device_capability(pool.device) >= (8, 0)
+    )
 
 
 def fresh_attention(

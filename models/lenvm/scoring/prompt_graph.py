@@ -139,6 +139,8 @@ class _PromptGraph:
         starts: NDArray[np.int64],
     ) -> None:
         """The graph over these tokens, and rows that begin at ``starts`` (the end of the last one, too)."""
+        if self.done is not None:
+            self.done.synchronize()  # of the call before, if that failed before it waited: its copy reads the buffer
         count, rows = len(ids), len(starts) - 1
         for own, given in zip(self.host, (ids, positions, blocks, offsets), strict=False):
             own[:count] = given
@@ -148,6 +150,8 @@ class _PromptGraph:
         first[: rows + 1], first[rows + 1 :] = starts, count
         last[:rows], last[rows:] = starts[1:] - 1, 0
         self.replay()
+        if self.done is not None:
+            self.done.record()
 
     def launch(
         self,
@@ -158,9 +162,9 @@ class _PromptGraph:
         starts: NDArray[np.int64],
     ) -> PromptNumbers:
         """See :meth:`PromptGraphs.launch`."""
-        self.run(ids, positions, blocks, offsets, starts)
         rows = len(starts) - 1
         received = torch.empty(rows, self.numbers.shape[1], dtype=torch.float64, pin_memory=self.done is not None)
+        self.run(ids, positions, blocks, offsets, starts)
         received.copy_(self.numbers[:rows], non_blocking=True)
         if self.done is not None:
             self.done.record()

@@ -19,7 +19,7 @@ from lenvm.errors import InvalidRequestError, StateClosedError
 from lenvm.fused import can_fuse
 from lenvm.modeling import HeadOutput, LengthValueModel
 from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward
-from lenvm.paged.attention import Plan
+from lenvm.paged.attention import Plan, suits_fresh_attention
 from lenvm.scoring._rows import check_row
 from lenvm.scoring.blocks import BlockLayout, StateBlock
 from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
@@ -241,7 +241,7 @@ class TorchScorer:
         if fused is not None and StepLayers.suits(self.model.decoder, fused):
             layers = StepLayers(self.model.decoder, fused, self._context)
             self._steps = StepGraphs(self.model, self.pool, layers)
-            if self.model.device.type == "cuda":
+            if suits_fresh_attention(self.pool):
                 head = StepHead(self.model.head, self.model.dtype)
                 self._prompts = PromptGraphs(layers, head, self.pool)
 

@@ -97,6 +97,9 @@ class PrefixStore:
         (None, 0) where there is none, or less than ``least`` tokens of it."""
         wanted = chain.blocks[: chain.usable]
         held = self.blocks.match(wanted)
+        most = len(held) if shared is None else max(len(held), shared.first + len(shared.payloads))
+        if min(most, len(wanted)) * self.block_tokens < least:
+            return None, 0
         if shared is not None and shared.first <= len(held) < shared.first + len(shared.payloads):
             payloads = shared.payloads[len(held) - shared.first :][: len(wanted) - len(held)]
             self.make_room(scorer, len(payloads) * self.block_tokens // scorer.pool.block_size)

@@ -26,6 +26,7 @@ __all__ = [
     "draw",
     "identity_of",
     "in_words",
+    "maker_of",
     "names",
     "numbers",
     "percent",
@@ -107,15 +108,25 @@ def identity_of(
     return {"model": model.config.name, "files": model.config.files, "dtype": dtype, "device": kind}
 
 
-def publish(report: Path | None, metrics: Mapping[str, Any], device: str) -> None:
-    """Write the report; its device is what made the answers, where ``metrics`` name that (``sampled_on``)."""
+def maker_of(device: str) -> dict[str, Any]:
+    """What makes answers here, as a work file names it."""
+    from lenvm.reports import commit, device_name, versions
+
+    return {"device": device_name(device), "commit": commit(), "versions": versions()}
+
+
+def publish(report: Path | None, metrics: Mapping[str, Any], device: str | None) -> None:
+    """Write the report. Its device is what made the answers, where ``metrics`` name that (``sampled_by``, beside which
+    the report's commit and versions are those of what computed it), else this ``device``, None for one that is not
+    known."""
     if report is None:
         return
     from lenvm.reports import device_name, write_report
 
     command = shlex.join(["lenvm", *sys.argv[1:]])
-    made_on = " and ".join(metrics.get("sampled_on", ())) or device_name(device)
-    write_report(report, command=command, metrics=metrics, device=made_on)
+    devices = dict.fromkeys(maker["device"] for maker in metrics.get("sampled_by", ()))
+    here = "unknown" if device is None else device_name(device)
+    write_report(report, command=command, metrics=metrics, device=" and ".join(devices) or here)
 
 
 def draw(name: str, metrics: Mapping[str, Any], figures: Path | None) -> None:

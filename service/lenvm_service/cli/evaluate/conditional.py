@@ -30,6 +30,7 @@ from lenvm_service.cli.evaluate._common import (
     draw,
     identity_of,
     in_words,
+    maker_of,
     names,
     percent,
     publish,
@@ -89,7 +90,6 @@ def conditional(
     """
     need("train")
     from lenvm.evaluation.run_conditional import ConditionalSettings, pool_tokens, run_conditional
-    from lenvm.reports import device_name
     from lenvm.scoring import TorchScorer
 
     check_writable(report)
@@ -124,16 +124,16 @@ def conditional(
                 scorer,
                 data,
                 settings,
-                work=files[0] if files else None,
-                others=files[1:],
+                work=None if report_only or not files else files[0],
+                others=[file for file in files if file.exists()] if report_only else files[1:],
                 identity=identity,
                 progress=progress.update,
-                hardware=None if report_only else device_name(device),
+                maker=None if report_only else maker_of(device),
                 report_only=report_only,
             )
     finally:
         gc.unfreeze()
-    publish(report, metrics, device)
+    publish(report, metrics, None if report_only else device)
     draw("conditional", metrics, figures)
     if as_json:
         print_json(metrics)

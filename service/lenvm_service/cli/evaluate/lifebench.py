@@ -24,6 +24,7 @@ from lenvm_service.cli.evaluate._common import (
     draw,
     identity_of,
     in_words,
+    maker_of,
     names,
     numbers,
     percent,
@@ -100,10 +101,10 @@ def lifebench(
     from lenvm.evaluation.lifebench_kinds import keep_other_kinds
     from lenvm.evaluation.lifebench_posterior import PosteriorRule
     from lenvm.evaluation.run_lifebench import MODES, RESAMPLED, LifebenchSettings, pool_tokens, run_lifebench
-    from lenvm.reports import device_name
     from lenvm.scoring import TorchScorer
 
     check_writable(report, texts)
+    before = _report_of(report) if report is not None and report.exists() else None
     settings = LifebenchSettings(
         targets=whole_numbers(targets),
         tasks=tasks,
@@ -141,20 +142,20 @@ def lifebench(
                 scorer,
                 data,
                 settings,
-                work=files[0] if files else None,
-                others=files[1:],
+                work=None if report_only or not files else files[0],
+                others=[file for file in files if file.exists()] if report_only else files[1:],
                 identity=identity,
                 progress=progress.update,
-                hardware=None if report_only else device_name(device),
+                maker=None if report_only else maker_of(device),
                 report_only=report_only,
             )
     finally:
         gc.unfreeze()
     if texts is not None:
         _write_texts(texts, rows, generator.tokenizer)
-    if report is not None and report.exists():
-        metrics = keep_other_kinds(metrics, settings.kinds, _report_of(report))
-    publish(report, metrics, device)
+    if before is not None:
+        metrics = keep_other_kinds(metrics, settings.kinds, before)
+    publish(report, metrics, None if report_only else device)
     draw("lifebench", metrics, figures)
     if as_json:
         print_json(metrics)
