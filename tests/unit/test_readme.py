@@ -91,6 +91,14 @@ def test_what_the_readme_says_of_the_comparisons() -> None:
     assert front["kl_per_sequence"] == pytest.approx(drawn["kl_per_sequence"], rel=1e-4)
     assert f"at that cost | {front['ls']:.1f} | {front['kl_per_sequence']:.1f} |" in README
     assert said(front["posterior_minus_gate"]) in README
+    rival = metrics["eos_gate_resampled"]["equal_to"]
+    assert f"scores {rival['ls']:.0f} against {drawn['ls']:.0f}, at twice the text cost" in README
+    assert rival["kl_per_sequence"] / drawn["kl_per_sequence"] == pytest.approx(2, abs=0.1)
+    assert rival["forced_stop_rate"] == pytest.approx(1 / 3, abs=0.03)  # "with a third of its stops forced"
+    law = report("conditional")
+    within = {kind: law[kind]["resampled"]["ks"] < law[kind]["resampled"]["ks_null_95"] for kind in KINDS}
+    assert within == {"at_most": True, "at_least": True, "equal_to": False}
+    assert "at_least" in metrics["made"]  # "its figures are of an earlier run"
     for kind, words in (("at_most", "At Most"), ("at_least", "At Least"), ("equal_to", "Equal To")):
         assert f"{report('conditional')[kind]['resampled']['ks']:.2f} ({words})" in README
     for kind in KINDS:
