@@ -125,6 +125,17 @@ def test_a_long_prompt_goes_through_in_pieces(model: OnnxModel, full_forward: An
     assert len(beats) == scorer.stats.forwards > 4
 
 
+def test_more_tokens_than_the_context_are_more_than_one_forward(model: OnnxModel, full_forward: Any) -> None:
+    scorer = OnnxScorer(model)
+    assert model.context < 600
+    prompts = [[3 + (7 * i + j) % 100 for j in range(300)] for i in range(2)]
+    for prompt, answer in zip(prompts, scorer.score([ScoreRow(append=p) for p in prompts]), strict=True):
+        np.testing.assert_allclose(answer.logits, full_forward(prompt)[0][-1:], atol=1e-4)
+    longest = [3 + j % 100 for j in range(model.context - 1)]
+    (answer,) = scorer.score([ScoreRow(append=longest, candidates=list(range(3, 19)))])
+    np.testing.assert_allclose(answer.candidate_logits[5], full_forward([*longest, 8])[0][-1], atol=1e-4)
+
+
 def test_rows_of_very_different_shape_part(
     scorer: OnnxScorer, full_forward: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

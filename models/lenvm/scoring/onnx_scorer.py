@@ -81,20 +81,22 @@ class _Work:
     own: NDArray[np.float64]  # [1 + n] at the end of what is cached
     places: list[NDArray[np.float64]] = field(default_factory=list)  # numbers of the wanted places, in order
 
-    def pieces(self, longest: int) -> Iterator[Piece]:
-        """What this row sends through the graph, at most ``longest`` tokens of its tail at a time."""
+    def pieces(self, longest: int, most: int) -> Iterator[Piece]:
+        """What this row sends through the graph, at most ``longest`` tokens of its tail at a time, and at most ``most``
+        with its candidates."""
         first = len(self.tail) - 1 if self.row.values_from is None else self.row.values_from
         starts = range(0, len(self.tail), longest) or range(1 if len(self.row.candidates) else 0)
         for start in starts:
             ids = self.tail[start : start + longest]
             end = self.cached + start + len(ids)
-            last = start + longest >= len(self.tail)
-            yield Piece(
-                tail=ids,
-                candidates=list(self.row.candidates) if last else [],
-                slots=np.concatenate([self.slots[:end], self.candidates]) if last else self.slots[:end],
-                skipped=min(len(ids), max(0, first - start)),
-            )
+            skipped, last = min(len(ids), max(0, first - start)), start + longest >= len(self.tail)
+            apart = last and len(ids) > 0 and len(ids) + len(self.row.candidates) > most
+            if apart or not last:
+                yield Piece(tail=ids, candidates=[], slots=self.slots[:end], skipped=skipped)
+            if last:
+                rest, before = ([], 0) if apart else (ids, skipped)
+                slots = np.concatenate([self.slots[:end], self.candidates])
+                yield Piece(tail=rest, candidates=list(self.row.candidates), slots=slots, skipped=before)
 
 
 class OnnxScorer:
@@ -102,7 +104,8 @@ class OnnxScorer:
 
     Args:
         pool_tokens: tokens of keys and values that open states, and the candidates they were scored with, may hold.
-        token_budget: new tokens of one forward; a larger call is split, a longer prompt goes through in pieces.
+        token_budget: new tokens of one forward, at most the context; a larger call is split, a longer prompt goes in
+            pieces.
         on_forward: called after each forward, as a life sign from a long call.
     """
 
@@ -116,7 +119,8 @@ class OnnxScorer:
     ) -> None:
         self.model = model
         self.stats = ScorerStats()
-        self.token_budget = token_budget
+        # The graph's rotary embedding takes no more tokens side by side than it has positions.
+        self.token_budget = min(token_budget, model.context)
         self.on_forward = on_forward
         self.pool = TokenPool(pool_tokens + 1)
         self._store = KeyValueStore(model)
@@ -266,7 +270,7 @@ class OnnxScorer:
     def _run(self, works: Sequence[_Work]) -> None:
         """All forwards of a call. Pieces of one row come one after another, of different rows side by side."""
         self._fit()
-        pieces = [list(work.pieces(self.token_budget)) for work in works]
+        pieces = [list(work.pieces(self.token_budget, self.context)) for work in works]
         for turn in range(max(map(len, pieces), default=0)):
             waiting = [(work, found[turn]) for work, found in zip(works, pieces, strict=True) if turn < len(found)]
             for group in _groups([piece for _, piece in waiting], self.token_budget):
