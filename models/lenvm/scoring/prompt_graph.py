@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lenvm.cuda_graph import captured
 from lenvm.paged import BlockPool
-from lenvm.paged.attention import Plan
+from lenvm.paged.attention import HostPlan, Plan
 from lenvm.scoring.step_layers import StepHead, StepLayers
 
 __all__ = ["PromptGraphs", "PromptNumbers"]
@@ -58,7 +58,7 @@ class PromptGraphs:
         if host is None or (bucket := _bucket(len(host.ids), len(host.starts) - 1, plan.width)) is None:
             return None
         graph = self._graph(bucket)
-        graph.run(host.ids, host.positions, host.blocks, host.offsets, host.starts)
+        graph.run(host)
         return graph.hidden[: len(host.ids)]
 
     def launch(self, prompts: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> PromptNumbers | None:
@@ -78,7 +78,7 @@ class PromptGraphs:
         held = np.fromiter(chain.from_iterable(blocks), np.int64, int(counts.sum()))
         of_token = held[np.repeat(np.cumsum(counts) - counts, lengths) + positions // size]
         starts = np.concatenate([[0], ends])
-        return self._graph(bucket).launch(ids, positions, of_token, positions % size, starts)
+        return self._graph(bucket).launch(HostPlan(ids, positions, of_token, positions % size, starts))
 
     def record(self, tokens: int) -> None:
         """Have the graphs of short prompts, up to so many tokens together. Raises what a call raises."""
@@ -130,41 +130,27 @@ class _PromptGraph:
         self.hidden = self.layers.prompts(ids, positions, blocks, offsets, starts, self.width, self.pool)
         self.head(self.hidden.index_select(0, last), self.numbers)
 
-    def run(
-        self,
-        ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        blocks: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-        starts: NDArray[np.int64],
-    ) -> None:
-        """The graph over these tokens, and rows that begin at ``starts`` (the end of the last one, too)."""
+    def run(self, host: HostPlan) -> None:
+        """The graph over these tokens and rows."""
         if self.done is not None:
             self.done.synchronize()  # of the call before, if that failed before it waited: its copy reads the buffer
-        count, rows = len(ids), len(starts) - 1
-        for own, given in zip(self.host, (ids, positions, blocks, offsets), strict=False):
+        count, rows = len(host.ids), len(host.starts) - 1
+        for own, given in zip(self.host, (host.ids, host.positions, host.blocks, host.offsets), strict=False):
             own[:count] = given
         self.host[2][count : self.filled] = 0  # what pads the tokens is written nowhere
         self.filled = count
         first, last = self.host[4:]
-        first[: rows + 1], first[rows + 1 :] = starts, count
-        last[:rows], last[rows:] = starts[1:] - 1, 0
+        first[: rows + 1], first[rows + 1 :] = host.starts, count
+        last[:rows], last[rows:] = host.starts[1:] - 1, 0
         self.replay()
         if self.done is not None:
             self.done.record()
 
-    def launch(
-        self,
-        ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        blocks: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-        starts: NDArray[np.int64],
-    ) -> PromptNumbers:
+    def launch(self, host: HostPlan) -> PromptNumbers:
         """See :meth:`PromptGraphs.launch`."""
-        rows = len(starts) - 1
+        rows = len(host.starts) - 1
         received = torch.empty(rows, self.numbers.shape[1], dtype=torch.float64, pin_memory=self.done is not None)
-        self.run(ids, positions, blocks, offsets, starts)
+        self.run(host)
         received.copy_(self.numbers[:rows], non_blocking=True)
         if self.done is not None:
             self.done.record()
