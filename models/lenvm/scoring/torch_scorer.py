@@ -234,7 +234,7 @@ class TorchScorer:
         from lenvm.decoding.step_decoder import StepDecoder
         from lenvm.scoring.prompt_graph import PromptGraphs
         from lenvm.scoring.step_graph import StepGraphs
-        from lenvm.scoring.step_layers import StepHead, StepLayers
+        from lenvm.scoring.step_layers import StepLayers
 
         self._decoder = StepDecoder(self.model.decoder, compiled=compiled, dynamic=True)
         fused = self._decoder.fused
@@ -242,8 +242,7 @@ class TorchScorer:
             layers = StepLayers(self.model.decoder, fused, self._context)
             self._steps = StepGraphs(self.model, self.pool, layers)
             if suits_fresh_attention(self.pool):
-                head = StepHead(self.model.head, self.model.dtype)
-                self._prompts = PromptGraphs(layers, head, self.pool)
+                self._prompts = PromptGraphs(layers, self._steps.head, self.pool)
 
     @property
     def least_prefix(self) -> int:
