@@ -317,8 +317,7 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Ten
 
 
 @triton.jit
-def _silu_kernel(x_ptr, sum_ptr, out_ptr, INNER, M, width, eps, PARTS: tl.constexpr, BP: tl.constexpr,
-                 BN: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def _silu_kernel(x_ptr, out_ptr, INNER, BN: tl.constexpr, EARLY: tl.constexpr):
     """One program per (tile of the inner width, token)."""
     if EARLY:
         gdc_wait()
@@ -328,26 +327,17 @@ def _silu_kernel(x_ptr, sum_ptr, out_ptr, INNER, M, width, eps, PARTS: tl.conste
     real = n < INNER
     gate = tl.load(x_ptr + row * 2 * INNER + n, mask=real, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * INNER + INNER + n, mask=real, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        part = tl.arange(0, BP)
-        squares = tl.load(sum_ptr + part * M + row, mask=part < PARTS, other=0.0)
-        scale = tl.rsqrt(tl.sum(squares, 0) / width + eps)
-        gate, up = gate * scale, up * scale
     tl.store(out_ptr + row * INNER + n, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=real)
 
 
-def silu_product(both: torch.Tensor, stream: Stream | None = None, eps: float = 0.0) -> torch.Tensor:
-    """``[N, 2 I]``, gate before up -> ``silu(gate) * up``, ``[N, I]``. ``stream``: what ``both`` is the product of,
-    not yet divided by the root mean square."""
+def silu_product(both: torch.Tensor) -> torch.Tensor:
+    """``[N, 2 I]``, gate before up -> ``silu(gate) * up``, ``[N, I]``."""
     tokens, inner = both.shape[0], both.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=both.dtype, device=both.device)
     bn = min(2048, triton.next_power_of_2(inner))
-    sums, width = (None, 1) if stream is None else (stream.sums, stream.hidden.shape[1])
-    parts = 0 if sums is None else len(sums)
     _silu_kernel[(triton.cdiv(inner, bn), tokens)](
-        both, sums, out, inner, tokens, width, eps, PARTS=parts, BP=triton.next_power_of_2(max(1, parts)), BN=bn,
-        EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device),
-    )  # fmt: skip
+        both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
+    )
     return out
 
 

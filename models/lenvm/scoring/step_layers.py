@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,9 +20,8 @@ __all__ = ["SHORT", "StepHead", "StepLayers"]
 
 Attend: TypeAlias = Callable[[int, Weights, torch.Tensor], Any]  # layer, its weights, raw products -> mixed
 
-# Multiplications of a gated product, and of the one that comes after attention, up to which our own kernels beat the
-# library's.
-_SMALL, _SMALL_ONTO = 2 << 30, 2 << 30
+# Multiplications of one half of a gated product up to which our own kernels beat the library's.
+_SMALL = 2 << 30
 SHORT = 1024  # tokens of a prefix that fewer programs read faster than more, which must put their shares together
 _PLAIN_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not hang on how long the sequence is
 
@@ -71,9 +69,8 @@ class StepLayers:
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
         heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
-        weights = self.fused.stacks
-        small = tokens * math.prod(weights["gate_up"].shape[1:]) <= _SMALL
-        apart = tokens * math.prod(weights["o"].shape[1:]) <= _SMALL_ONTO
+        gate_up = self.fused.stacks["gate_up"]
+        small = tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL
         scratch: StepScratch | None = None
 
         def attend(layer: int, w: Weights, qkv: torch.Tensor) -> torch.Tensor | Shares:
@@ -81,7 +78,7 @@ class StepLayers:
             query, keys, values = qkv.view(tokens, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
             if scratch is None:
                 # Our product puts shares together as it reads them; the library's cannot.
-                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query, long=long, apart=apart)
+                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query, long=long, apart=small)
             rotation = Rotation(self.cos, self.sin, w["q_norm"], w["k_norm"], spec.eps, kept[0, layer], kept[1, layer])
             mixed = step_attention(
                 query, keys, values, pool.keys[layer], pool.values[layer], tables, lengths, None, tokens // rows,
@@ -107,21 +104,15 @@ class StepLayers:
 
     def _large(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
         """By the library's products, which are faster where there is much to multiply."""
-        from lenvm.paged.layer_kernels import Shares, Stream, add_norm, product_onto, silu_product
+        from lenvm.paged.layer_kernels import add_norm, silu_product
 
         eps = self.fused.spec.eps
         hidden = embedding(ids, self.fused.embedding)
-        scaled, sums = torch.empty_like(hidden), torch.empty(0)
         delta: torch.Tensor | None = None
         for layer, w in enumerate(self.fused.layers):
             mixed = attend(layer, w, linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"]))
-            if isinstance(mixed, Shares):
-                stream = product_onto(Stream(hidden, scaled, sums), mixed, w["o"], w["post_norm"])
-                gated = silu_product(linear(scaled, w["gate_up"]), stream, eps)
-            else:
-                hidden.addmm_(mixed, w["o"].t())
-                gated = silu_product(linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"]))
-            delta = linear(gated, w["down"])
+            hidden.addmm_(mixed, w["o"].t())
+            delta = linear(silu_product(linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])), w["down"])
         return add_norm(hidden, delta, self.fused.norm, eps)
 
     def prompts(
