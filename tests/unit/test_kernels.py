@@ -73,22 +73,6 @@ for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64
         )
         torch.testing.assert_close(out, plain, atol=5e-5, rtol=0)
 
-        # Shares that the product after them puts together; some rows have fewer of them than others.
-        import lenvm.paged.kernels as kernels
-        from lenvm.paged.layer_kernels import Shares, Stream, product_onto
-
-        kernels._LEAST = 1
-        hidden, norm_weight, w = torch.randn(4 * width, 48), torch.rand(48), torch.randn(48, heads * dim)
-        want = hidden + plain.flatten(1) @ w.T
-        means, logs = torch.full((3, 4 * width, heads * dim), float("nan")), torch.full((3, 4 * width, heads), 7.0)
-        apart = StepScratch(3, made.parts, made.stats, made.counts, Shares(means, logs))
-        shares = step_attention(q, k, v, pool_k, pool_v, tables, lengths, None, width, dim**-0.5, apart, rotation)
-        kernels._LEAST = 4
-        assert (shares.logs[2] == float("-inf")).any() and torch.isfinite(shares.logs[2]).any() == (size > 16)
-        stream = product_onto(Stream(hidden, torch.empty_like(hidden), None), shares, w, norm_weight)
-        torch.testing.assert_close(stream.hidden, want, atol=2e-4, rtol=1e-5)
-        torch.testing.assert_close(stream.scaled, want * norm_weight, atol=2e-4, rtol=1e-5)
-
     # The head from its first product on.
     from lenvm.config import HeadConfig
     from lenvm.distribution import LengthBins

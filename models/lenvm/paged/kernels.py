@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lenvm.paged.layer_kernels import Shares, fetch, launch_options, launches_early
+from lenvm.paged.layer_kernels import fetch, launch_options, launches_early
 
 __all__ = ["Rotation", "StepScratch", "promote_tokens", "rotate_and_store", "step_attention", "store_tokens"]
 
@@ -74,15 +74,14 @@ def _together(part_ptr, stat_ptr, here, real, parts, BM: tl.constexpr, D: tl.con
 @triton.jit
 def _step_kernel(  # noqa: PLR0915
     q_ptr, k_ptr, v_ptr, pool_k_ptr, pool_v_ptr, table_ptr, len_ptr, start_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
-    cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kept_k_ptr, kept_v_ptr, scale, eps, tokens,
+    cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kept_k_ptr, kept_v_ptr, scale, eps,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_pb, stride_ph, stride_table, stride_on,
     G: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, TILES_M: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, ROTATE: tl.constexpr,
-    NORM: tl.constexpr, LINE: tl.constexpr, EARLY: tl.constexpr, APART: tl.constexpr,
+    NORM: tl.constexpr, LINE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program per (row and tile of its queries, key head, share of the prefix): G heads for each token share every
-    key and value read. The last program of a row, tile and head that is done puts the shares together, or, where they
-    stay ``APART``, whoever reads them."""
+    key and value read. The last program of a row, tile and head that is done puts the shares together."""
     row = tl.program_id(0) // TILES_M
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -155,13 +154,7 @@ def _step_kernel(  # noqa: PLR0915
             inside = (place < length - index * TILE)[None, :]
             peak, total, acc = _update(q_1, q_2, keys_1, keys_2, values, inside, peak, total, acc, scale)
         done = parts == 1
-        if APART:
-            done = False
-            there = (part * tokens + token) * (stride_on // D) + q_head
-            mean = (acc * (1.0 / total)[:, None]).to(part_ptr.dtype.element_ty)
-            tl.store(part_ptr + there[:, None] * D + d[None, :], mean, mask=real)
-            tl.store(stat_ptr + there, peak * scale + tl.log2(total), mask=m // G < count)
-        elif SPLITS > 1:
+        if SPLITS > 1:
             if parts > 1:
                 mine = tl.program_id(0) * tl.num_programs(1) + head
                 here = mine * SPLITS * BM + tl.arange(0, BM)
@@ -182,11 +175,6 @@ def _step_kernel(  # noqa: PLR0915
                 (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
                 mask=real,
             )
-    elif APART:
-        # A share without tokens has no weight. Who read the last layer's is long done.
-        token = row * WIDTH + m // G
-        there = (part * tokens + token) * (stride_on // D) + head * G + m % G
-        tl.store(stat_ptr + there, m * 0.0 - float("inf"), mask=m // G < WIDTH)
 
 
 @dataclass(frozen=True)
@@ -194,51 +182,32 @@ class StepScratch:
     """What the shares of a prefix are put together in; one for all layers of a forward, one after another.
 
     ``parts [programs x splits x BM, D]`` of the queries' precision, ``stats [programs x splits x BM, 2]`` float32,
-    ``counts [programs]`` int32, 0 between layers. Programs: rows x tiles of queries x key heads. ``apart`` (``parts``
-    and ``stats`` are not needed then): shares are left to whoever reads them.
+    ``counts [programs]`` int32, 0 between layers. Programs: rows x tiles of queries x key heads.
     """
 
     splits: int
     parts: torch.Tensor
     stats: torch.Tensor
     counts: torch.Tensor
-    apart: Shares | None = None
 
     @classmethod
     def make(
-        cls,
-        rows: int,
-        heads: int,
-        kv_heads: int,
-        width: int,
-        query: torch.Tensor,
-        *,
-        long: bool = True,
-        apart: bool = False,
+        cls, rows: int, heads: int, kv_heads: int, width: int, query: torch.Tensor, *, long: bool = True
     ) -> StepScratch:
         """For so many rows of up to ``width`` tokens, and queries like ``query [..., D]``. ``long``: of some
-        prefixes of many hundreds of tokens, of which shares are made. ``apart``: every row has ``width`` tokens, and
-        the shares are not put together."""
+        prefixes of many hundreds of tokens, of which shares are made."""
         dim, device = query.shape[-1], query.device
         block, tiles = _query_tiles(width * heads // kv_heads)
         programs = rows * tiles * kv_heads
         # As many programs as run together, and no more: shares cost something to put together.
-        most, room = (_MOST_SPLITS, _PROGRAMS_TIMES_DIM) if long else (_MOST_SPLITS // 2, _PROGRAMS_TIMES_DIM / 2)
-        splits = max(1, min(most, round(room / dim * _processors(device) / programs)))
-        within, places = splits > 1 and not apart, programs * splits * block
-
-        def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        shares = None
-        if splits > 1 and apart:
-            shares = Shares(new(splits, rows * width, heads * dim, dtype=query.dtype), new(splits, rows * width, heads))
+        splits, room = (_MOST_SPLITS, _PROGRAMS_TIMES_DIM) if long else (_MOST_SPLITS // 2, _PROGRAMS_TIMES_DIM / 2)
+        splits = max(1, min(splits, round(room / dim * _processors(device) / programs)))
+        places = programs * splits * block if splits > 1 else 1
         return cls(
             splits,
-            new(places if within else 1, dim, dtype=query.dtype),
-            new(places if within else 1, 2),
+            torch.empty(places, dim, dtype=query.dtype, device=device),
+            torch.empty(places, 2, dtype=torch.float32, device=device),
             torch.zeros(programs, dtype=torch.int32, device=device),
-            shares,
         )
 
 
@@ -283,7 +252,7 @@ def step_attention(
     scaling: float,
     scratch: StepScratch | None = None,
     rotation: Rotation | None = None,
-) -> torch.Tensor | Shares:
+) -> torch.Tensor:
     """Attention of a step: each token sees its row's prefix and itself.
 
     Args:
@@ -294,16 +263,14 @@ def step_attention(
         scratch: shared by the layers of one forward.
 
     Returns:
-        ``[N, heads, D]``, or the shares of it where ``scratch`` leaves them apart.
+        ``[N, heads, D]``.
     """
     heads, tokens, dim = query.shape
     kv_heads, rows, size = keys.shape[0], tables.shape[0], pool_keys.shape[2]
     if scratch is None:
         scratch = StepScratch.make(rows, heads, kv_heads, width, query)
     block, tiles = _query_tiles(width * heads // kv_heads)
-    apart = scratch.apart
-    out = torch.empty((tokens, heads, dim) if apart is None else 0, dtype=query.dtype, device=query.device)
-    parts, stats = (scratch.parts, scratch.stats) if apart is None else apart
+    out = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
     cos = sin = q_norm = k_norm = kept_keys = kept_values = None
     if rotation is not None:
         cos, sin, q_norm, k_norm = rotation.cos, rotation.sin, rotation.q_norm, rotation.k_norm
@@ -312,17 +279,17 @@ def step_attention(
     early = rotation is not None and launches_early(query.device)
     _step_kernel[(rows * tiles, kv_heads, scratch.splits)](
         query, keys, values, pool_keys, pool_values, tables, prefix_lens, starts, out,
-        parts, stats, scratch.counts, cos, sin, q_norm, k_norm, kept_keys, kept_values,
-        scaling * 1.4426950408889634, rotation.eps if rotation is not None else 0.0, tokens,
+        scratch.parts, scratch.stats, scratch.counts, cos, sin, q_norm, k_norm, kept_keys, kept_values,
+        scaling * 1.4426950408889634, rotation.eps if rotation is not None else 0.0,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        pool_keys.stride(0), pool_keys.stride(1), tables.stride(0), heads * dim,
+        pool_keys.stride(0), pool_keys.stride(1), tables.stride(0), out.stride(0),
         G=heads // kv_heads, D=dim, SIZE=size, TILE=max(_TILE, size), BM=block, TILES_M=tiles, SPLITS=scratch.splits,
         LEAST=_LEAST, WIDTH=0 if starts is not None else width, OWN=max(16, triton.next_power_of_2(width)),
         ROTATE=rotation is not None, NORM=q_norm is not None, LINE=min(dim, 128 // query.element_size()), EARLY=early,
-        APART=apart is not None, num_warps=_WARPS, num_stages=_STAGES,
+        num_warps=_WARPS, num_stages=_STAGES,
         **(launch_options(query.device) if early else {}),
     )  # fmt: skip
-    return out if apart is None else apart
+    return out
 
 
 @triton.jit

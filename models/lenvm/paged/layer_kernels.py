@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "Shares", "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
+    "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
     "launches_early", "product", "product_onto", "silu_product", "tiling",
 ]  # fmt: skip
 
@@ -60,14 +60,6 @@ class Stream(NamedTuple):
         return cls(hidden, scaled, torch.empty(parts, tokens, dtype=torch.float32, device=like.device))
 
 
-class Shares(NamedTuple):
-    """Attention over each of some shares of a prefix: means ``[shares, N, heads x D]``, and the base-2 logarithms of
-    what each weighs, float32 ``[shares, N, heads]``. A share with -inf is not there, and its means are anything."""
-
-    means: torch.Tensor
-    logs: torch.Tensor
-
-
 class Tiling(NamedTuple):
     """How a product is cut: rows, columns and depth of a tile; warps; loads under way."""
 
@@ -83,7 +75,6 @@ _MANY = 256
 _PLAIN = _ONTO = Tiling(64, 64, 64, 4, 4)
 _ONTO_DEEP = Tiling(64, 64, 64, 4, 6)  # where more columns come in than go out
 _GATED = Tiling(128, 64, 64, 8, 3)
-_MERGED = Tiling(64, 64, 64, 4, 3)  # of attention's shares, of which each is read
 
 
 def tiling(tokens: int, columns: int, many: Tiling = _PLAIN) -> Tiling:
@@ -126,30 +117,14 @@ def embed(ids: torch.Tensor, table: torch.Tensor, norm: torch.Tensor, stream: St
 
 
 @triton.jit
-def _weighed(x_at, log_at, stride, log_stride, SHARES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """Shares of attention ``[BM, BK]`` in one head, put together."""
-    peak = tl.full([BM], float("-inf"), tl.float32)
-    for share in tl.static_range(SHARES):
-        peak = tl.maximum(peak, tl.load(log_at + share * log_stride))
-    total = tl.zeros([BM], tl.float32)
-    mixed = tl.zeros([BM, BK], tl.float32)
-    for share in tl.static_range(SHARES):
-        weight = tl.exp2(tl.load(log_at + share * log_stride) - peak)
-        mean = tl.load(x_at + share * stride).to(tl.float32)
-        mixed += tl.where((weight > 0.0)[:, None], mean, 0.0) * weight[:, None]
-        total += weight
-    return mixed * (1.0 / total)[:, None]
-
-
-@triton.jit
 def _product_kernel(
-    x_ptr, log_ptr, sum_ptr, w_ptr, bias_ptr, out_ptr, scaled_ptr, norm_ptr, new_sum_ptr, M, eps,
+    x_ptr, sum_ptr, w_ptr, bias_ptr, out_ptr, scaled_ptr, norm_ptr, new_sum_ptr, M, eps,
     N: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr,
     KIND: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN_M: tl.constexpr, EARLY: tl.constexpr, SHARES: tl.constexpr, D: tl.constexpr,
+    EVEN_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile of columns, tile of tokens). ``KIND``: 0 a plain product, 1 two of them and silu(one) x
-    other, 2 added to the residual stream ``out``. ``SHARES`` of attention in heads of ``D`` are put together first."""
+    other, 2 added to the residual stream ``out``."""
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -180,11 +155,7 @@ def _product_kernel(
     acc = tl.zeros([BM, BN], tl.float32)
     other = tl.zeros([BM, BN], tl.float32)
     for step in range(0, K, BK):
-        if SHARES > 0:
-            x = _weighed(x_at + step, log_ptr + m_in * (K // D) + step // D, M * K, M * (K // D), SHARES, BM, BK)
-            x = x.to(w_ptr.dtype.element_ty)
-            w = tl.load(w_at + step)
-        elif K % BK == 0:
+        if K % BK == 0:
             x = tl.load(x_at + step)
             w = tl.load(w_at + step)
         else:
@@ -218,7 +189,7 @@ def _product_kernel(
 
 
 def _multiply(
-    x: torch.Tensor | Shares,
+    x: torch.Tensor,
     sums: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -230,22 +201,16 @@ def _multiply(
     eps: float,
     cut: Tiling,
 ) -> None:
-    logs, shares, head_dim = None, 0, cut.depth
-    if isinstance(x, Shares):
-        x, logs = x
-        shares, head_dim = len(logs), x.shape[-1] // logs.shape[-1]
-        # A step of the product is within one head.
-        cut = cut._replace(depth=min(cut.depth, head_dim))
-    tokens, depth = x.shape[-2:]
+    tokens, depth = x.shape
     columns = out.shape[1]
     parts = 0 if sums is None else len(sums)
     line = 128 // x.element_size()
     _product_kernel[(triton.cdiv(columns, cut.columns), triton.cdiv(tokens, cut.rows))](
-        x, logs, sums, weight, bias, out, scaled, norm, new_sums, tokens, eps,
+        x, sums, weight, bias, out, scaled, norm, new_sums, tokens, eps,
         N=columns, K=depth, LINES=triton.next_power_of_2(triton.cdiv(depth, line)), LINE=line,
         PARTS=parts, BP=triton.next_power_of_2(max(1, parts)), KIND=kind, BIAS=bias is not None,
         BM=cut.rows, BN=cut.columns, BK=cut.depth, EVEN_M=tokens % cut.rows == 0, EARLY=launches_early(x.device),
-        SHARES=shares, D=head_dim, num_warps=cut.warps, num_stages=cut.stages, **launch_options(x.device),
+        num_warps=cut.warps, num_stages=cut.stages, **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -271,16 +236,12 @@ def gated_product(stream: Stream, weight: torch.Tensor, eps: float, cut: Tiling 
 
 
 def product_onto(
-    stream: Stream, x: torch.Tensor | Shares, weight: torch.Tensor, norm: torch.Tensor, cut: Tiling | None = None
+    stream: Stream, x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor, cut: Tiling | None = None
 ) -> Stream:
-    """Add ``x [N, I]``, or what its shares come to, times ``weight [H, I]`` to the stream, in place; ``norm [H]`` is
-    of the norm that comes next."""
-    tokens = len(stream.hidden)
-    if cut is None:
-        many = _MERGED if isinstance(x, Shares) else _ONTO_DEEP if weight.shape[1] > len(weight) else _ONTO
-        cut = tiling(tokens, len(weight), many)
+    """Add ``x [N, I]`` times ``weight [H, I]`` to the stream, in place; ``norm [H]`` is of the norm that comes next."""
+    cut = cut or tiling(len(x), len(weight), _ONTO_DEEP if x.shape[1] > len(weight) else _ONTO)
     parts = triton.cdiv(len(weight), cut.columns)
-    made = Stream(stream.hidden, stream.scaled, torch.empty(parts, tokens, dtype=torch.float32, device=weight.device))
+    made = Stream(stream.hidden, stream.scaled, torch.empty(parts, len(x), dtype=torch.float32, device=x.device))
     _multiply(x, None, weight, None, stream.hidden, stream.scaled, norm, made.sums, 2, 0.0, cut)
     return made
 

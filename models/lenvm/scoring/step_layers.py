@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -13,12 +13,9 @@ from lenvm.modeling import ValueHead
 from lenvm.paged import BlockPool
 from lenvm.paged.attention import fresh_attention
 
-if TYPE_CHECKING:
-    from lenvm.paged.layer_kernels import Shares
-
 __all__ = ["SHORT", "StepHead", "StepLayers"]
 
-Attend: TypeAlias = Callable[[int, Weights, torch.Tensor], Any]  # layer, its weights, raw products -> mixed
+Attend: TypeAlias = Callable[[int, Weights, torch.Tensor], torch.Tensor]  # layer, its weights, raw products -> mixed
 
 # Multiplications of one half of a gated product up to which our own kernels beat the library's.
 _SMALL = 2 << 30
@@ -69,23 +66,21 @@ class StepLayers:
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
         heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
-        gate_up = self.fused.stacks["gate_up"]
-        small = tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL
         scratch: StepScratch | None = None
 
-        def attend(layer: int, w: Weights, qkv: torch.Tensor) -> torch.Tensor | Shares:
+        def attend(layer: int, w: Weights, qkv: torch.Tensor) -> torch.Tensor:
             nonlocal scratch
             query, keys, values = qkv.view(tokens, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
             if scratch is None:
-                # Our product puts shares together as it reads them; the library's cannot.
-                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query, long=long, apart=small)
+                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query, long=long)
             rotation = Rotation(self.cos, self.sin, w["q_norm"], w["k_norm"], spec.eps, kept[0, layer], kept[1, layer])
-            mixed = step_attention(
+            return step_attention(
                 query, keys, values, pool.keys[layer], pool.values[layer], tables, lengths, None, tokens // rows,
                 spec.scaling, scratch, rotation,
-            )  # fmt: skip
-            return mixed.view(tokens, -1) if isinstance(mixed, torch.Tensor) else mixed
+            ).view(tokens, -1)  # fmt: skip
 
+        gate_up = self.fused.stacks["gate_up"]
+        small = tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL
         return self._small(ids, attend) if small else self._large(ids, attend)
 
     def _small(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
