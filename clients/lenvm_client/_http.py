@@ -37,6 +37,8 @@ _NEVER_SENT = (
 class Base:
     """Settings, and all that needs no input or output."""
 
+    _http: Any
+
     def __init__(
         self, model: str | None, timeout: Timeout, total_timeout: float | None, max_retries: int, retry_timeouts: bool
     ) -> None:
@@ -48,12 +50,19 @@ class Base:
         self.model = model
         self.timeout = _checked(timeout)
         self.policy = RetryPolicy(max_retries=max_retries, retry_timeouts=retry_timeouts, total_s=total_timeout)
+        self._urls: dict[str, httpx2.URL] = {}
         # Seams of the tests.
         self._clock = time.monotonic
         self._draw = random.random
 
     def _exchange(self, call: Call[T], policy: RetryPolicy | None = None) -> Generator[Send | Wait, Reply | None, T]:
         return exchange(call, policy or self.policy, clock=self._clock, draw=self._draw)
+
+    def _url(self, path: str) -> httpx2.URL:
+        # Put together once: the library reads a text anew for each request, twice.
+        if path not in self._urls:
+            self._urls[path] = self._http.build_request("GET", path).url
+        return self._urls[path]
 
     def _request(
         self, call: Call[Any], send: Send, request_id: str | None, timeout: Timeout, given: Headers | None
@@ -70,7 +79,7 @@ class Base:
             phases = {name: left if value is None else min(value, left) for name, value in phases.items()}
         return {
             "method": call.method,
-            "url": call.path,
+            "url": self._url(call.path),
             "content": call.content,
             "headers": headers,
             "timeout": httpx2.Timeout(**phases),

@@ -55,7 +55,7 @@ class AsyncClient(Base):
         headers: Headers | None = None,
     ) -> None:
         super().__init__(model, timeout, total_timeout, max_retries, retry_timeouts)
-        self._http = httpx2.AsyncClient(transport=transport, **settings(base_url, api_key, headers))
+        self._http: httpx2.AsyncClient = httpx2.AsyncClient(transport=transport, **settings(base_url, api_key, headers))
         self._sleep = asyncio.sleep
 
     async def close(self) -> None:

@@ -75,7 +75,7 @@ class Client(Base):
         headers: Headers | None = None,
     ) -> None:
         super().__init__(model, timeout, total_timeout, max_retries, retry_timeouts)
-        self._http = httpx2.Client(transport=transport, **settings(base_url, api_key, headers))
+        self._http: httpx2.Client = httpx2.Client(transport=transport, **settings(base_url, api_key, headers))
         self._sleep = time.sleep
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lenvm_client import _calls, errors
+from lenvm_client import _calls, _decode, errors
 from lenvm_client._types import (
     CandidateInput,
     CandidateScores,
@@ -168,6 +168,14 @@ class TestBodies:
             predict([CandidateInput(token_ids=[1], candidates=[2])])
 
 
+@pytest.fixture(params=["pydantic's parser", "json"])
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pydantic installed, and without."""
+    if request.param == "json":
+        monkeypatch.setattr(_decode, "_fast_parser", lambda: None)
+
+
+@pytest.mark.usefixtures("parser")
 class TestAnswers:
     def test_predictions(self) -> None:
         bad = {"index": 1, **error_body("invalid_request", param="inputs[1].prompt", retry_after_ms=500)}

@@ -50,8 +50,8 @@ async def watched(receive: Receive) -> AsyncIterator[asyncio.Task[None]]:
     try:
         yield gone
     finally:
-        gone.cancel()
-        await asyncio.gather(gone, return_exceptions=True)
+        gone.cancel()  # and not waited for: that would be one more turn of the loop for every request
+        gone.add_done_callback(_seen)
 
 
 async def ask(
@@ -81,8 +81,14 @@ async def ask(
             raise ClientDisconnect
         raise DeadlineExceededError("the deadline passed before the answer was there: give it more time")
     finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
+        if not work.done():
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 async def _disconnected(receive: Receive) -> None:

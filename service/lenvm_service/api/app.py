@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastapi import FastAPI
+from starlette.routing import Route
 
 from lenvm import __version__
 from lenvm_service.api.errors import install_error_handlers
@@ -17,6 +18,8 @@ from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing
 
 __all__ = ["create_app"]
+
+_DIRECT = ("/predict_length", "/score")
 
 
 def create_app(
@@ -32,6 +35,7 @@ def create_app(
         description=DESCRIPTION,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours: ``lenvm_service.tracing``, /metrics
         redirect_slashes=False,  # a redirect would lose the body of a POST; a wrong path is a 404 that says so
     )
     app.include_router(router)
@@ -45,5 +49,6 @@ def create_app(
     paths = frozenset(
         path for route in [*app.routes, *router.routes] if (path := getattr(route, "path", None)) is not None
     )
-    app.add_middleware(RequestMiddleware, service=service, routes=paths)
+    direct = {route.path: route for route in router.routes if isinstance(route, Route) and route.path in _DIRECT}
+    app.add_middleware(RequestMiddleware, service=service, routes=paths, direct=direct)
     return app

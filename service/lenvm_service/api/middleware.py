@@ -7,9 +7,12 @@ import contextlib
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lenvm_service.api.errors import error_response
@@ -67,12 +70,19 @@ def new_request_id() -> str:
 
 
 class RequestMiddleware:
-    """Pure ASGI, so that disconnects and cancellation pass through. ``routes``: the paths that the app knows."""
+    """Pure ASGI, so that disconnects and cancellation pass through.
 
-    def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]) -> None:
+    Args:
+        routes: the paths that the app knows.
+        direct: routes of POSTs, by their paths, whose endpoints are called from here: they take the bare request, and
+            the framework's layers between would be two fifths of what such a request costs.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str], direct: Mapping[str, Route]) -> None:
         self.app = app
         self.service = service
         self.routes = routes
+        self.direct = direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; nothing that it raises leaves here but a cancellation from outside."""
@@ -120,7 +130,13 @@ class RequestMiddleware:
                 counted = not page or scope["method"] == "POST"
                 key = self.service.keys.check(scope["headers"], browser=page, counted=counted)
                 context.tenant, context.key_id = key.tenant, key.id
-            await self.app(scope, receive, send)
+            route = self.direct.get(path) if scope["method"] == "POST" else None
+            if route is None:
+                await self.app(scope, receive, send)
+                return
+            scope["route"], scope["endpoint"] = route, route.endpoint
+            answer: Response = await route.endpoint(Request(scope, receive, send))
+            await answer(scope, receive, send)
             return
         except ClientDisconnect:
             context.status, context.error_type = CLIENT_GONE, "client_gone"

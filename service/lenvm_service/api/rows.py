@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from lenvm.backbones import encode_chat
 from lenvm.errors import InvalidRequestError, LenVMError
+from lenvm.guidance import Objective
 from lenvm_service.api.body import check_fields, parse_object
 from lenvm_service.api.errors import RequestError, invalid
 from lenvm_service.api.schemas import (
+    MAX_GENERATED,
+    MAX_ID,
+    MAX_SESSION,
     CandidateInput,
     FeedbackItem,
     FeedbackOptions,
@@ -51,6 +56,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 Row: TypeAlias = Job | LenVMError
 _PREDICT_FIELDS = frozenset(PredictInput.model_fields)
 _ID_FIELDS = ("token_ids", "append", "completion_ids", "candidates")
+_PLAIN_FIELDS = frozenset(("session", "append", "candidates", "generated", "objective", "logprobs", "return_values"))
+_TEXT_FIELDS = frozenset(("prompt", "completion", "messages"))
 _CHARACTERS = 4  # of text a token, about
 _SCORE_FIELDS = frozenset(TokenInput.model_fields) | frozenset(CandidateInput.model_fields)
 
@@ -92,12 +99,18 @@ def read_feedback(body: bytes, max_rows: int) -> Call[FeedbackOptions]:
     return _read(body, FeedbackOptions, "items", frozenset(), max_rows)
 
 
+@functools.cache
+def _unset(options: type[OptionsT]) -> OptionsT:
+    """What most requests ask for; nobody writes into it."""
+    return check(options, {})
+
+
 def _read(body: bytes, options: type[OptionsT], name: str, row_fields: frozenset[str], max_rows: int) -> Call[OptionsT]:
     given = parse_object(body)
     rows = given.pop(name, None)
     flat = {field: given.pop(field) for field in list(given) if field in row_fields}
     flat_given = any(value is not None for value in flat.values())
-    checked = check(options, given)
+    checked = check(options, given) if given else _unset(options)
     if rows is None:
         if not flat_given:
             raise RequestError(f"{name} is missing: send a list with at least one row", reason="missing", param=name)
@@ -140,6 +153,8 @@ def _estimated(row: Any) -> int:
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
+    if _TEXT_FIELDS.isdisjoint(row):
+        return []
     texts = [row[name] for name in ("prompt", "completion") if name in row]
     messages = row.get("messages")
     if isinstance(messages, list):
@@ -186,6 +201,8 @@ def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, 
     ids = row["candidates"]
     if isinstance(ids, list) and len(ids) > max_candidates:
         raise _RowTooLargeError(f"{len(ids)} candidates, {max_candidates} are allowed: send the likeliest ones")
+    if (plain := _plain_candidate_job(row, tenant)) is not None:
+        return plain
     found = check(CandidateInput, row)
     return CandidateJob(
         _prefix(found, tokenizer, tenant),
@@ -196,6 +213,42 @@ def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, 
         eos_ids=tuple(found.eos_ids or ()),
         return_values=found.return_values is not False,
     )
+
+
+def _plain_candidate_job(row: Mapping[str, Any], tenant: str) -> CandidateJob | None:
+    """What a decoding loop sends for each row of each step, if it is plainly as it should be: a third of the schema's
+    time. None for all else, which the schema accepts or refuses by name."""
+    session, append, ids = row.get("session"), row.get("append", []), row["candidates"]
+    generated, logprobs, values = row.get("generated", 0), row.get("logprobs"), row.get("return_values", True)
+    plain = (
+        row.keys() <= _PLAIN_FIELDS
+        and type(session) is str
+        and 0 < len(session) <= MAX_SESSION
+        and _are_ids(append)
+        and _are_ids(ids)
+        and bool(ids)
+        and type(generated) is int
+        and 0 <= generated <= MAX_GENERATED
+        and (values is True or values is False)
+    )
+    if not plain or (logprobs is not None and not _are_numbers(logprobs, len(ids))):
+        return None
+    objective = row.get("objective")
+    try:
+        wanted = None if objective is None else Objective.from_dict(objective)
+    except InvalidRequestError:
+        return None
+    return CandidateJob(Prefix(append, session=session, tenant=tenant), ids, generated, wanted, logprobs, (), values)
+
+
+def _are_ids(value: Any) -> bool:
+    return type(value) is list and (
+        not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_ID)
+    )
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return type(value) is list and len(value) == count and set(map(type, value)) == {float}
 
 
 def _token_job(row: TokenInput, tokenizer: Any) -> Job:

@@ -37,8 +37,9 @@ __all__ = [
     "TokenizeRequest",
 ]
 
-_MAX_INT = 2**31 - 1
-_MAX_GENERATED = 1_000_000_000
+MAX_ID = 2**31 - 1
+MAX_GENERATED = 1_000_000_000
+MAX_SESSION = 256
 _DAY_MS = 86_400_000
 
 
@@ -48,11 +49,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
 
 
-TokenId: TypeAlias = Annotated[int, Field(ge=0, le=_MAX_INT)]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_ID)]
 # The first bad id of a list is enough: a list of 100,000 texts must not become 100,000 errors.
 TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 MaybeNoIds: TypeAlias = Annotated[list[TokenId], Field(fail_fast=True)]
-Session: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
+Session: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_SESSION)]
 
 
 def one_of(*names: str) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class GeneratorClaim(Strict):
     backbone: Annotated[str, Field(max_length=512)] | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
-    max_new_tokens: int | None = Field(None, ge=1, le=_MAX_INT)
+    max_new_tokens: int | None = Field(None, ge=1, le=MAX_ID)
 
 
 def _generator(value: Any) -> GeneratorClaim | None:
@@ -145,7 +146,7 @@ class PredictOptions(RequestOptions):
     max_tokens: int | None = Field(
         None,
         ge=0,
-        le=_MAX_GENERATED,
+        le=MAX_GENERATED,
         description="Limit on generated tokens, EOS included, asked about in p_exceeds_max_tokens.",
     )
     quantiles: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=64)] | None = Field(
@@ -186,7 +187,7 @@ class PrefixSource(TextSource):
 
     session: Session | None = Field(None, description="A handle from an earlier answer.")
     append: MaybeNoIds | None = Field(None, description="With session only: tokens that came since.")
-    generated: int | None = Field(0, ge=0, le=_MAX_GENERATED, description="Content tokens of the answer in the prefix.")
+    generated: int | None = Field(0, ge=0, le=MAX_GENERATED, description="Content tokens of the answer in the prefix.")
 
     @model_validator(mode="after")
     def _one_prefix(self) -> PrefixSource:
@@ -305,7 +306,7 @@ class FeedbackItem(Strict):
 
     prediction_id: Session | None = None
     token_ids: TokenIds | None = Field(None, description="The prefix that was predicted for.")
-    generated_tokens: int = Field(ge=0, le=_MAX_GENERATED, description="Content tokens of the whole answer.")
+    generated_tokens: int = Field(ge=0, le=MAX_GENERATED, description="Content tokens of the whole answer.")
     finish_reason: Literal["stop", "length"] = Field(description='"length": the answer was cut (censored).')
 
     @model_validator(mode="after")

@@ -405,8 +405,7 @@ class Batcher:
         if len(batch) > 1:
             self._halves += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
         elif out_of_memory and not batch[0].tried:
-            batch[0].tried = True
-            self._halves.append(batch)
+            self._halves.append([batch[0]._replace(tried=True)])
         elif out_of_memory:
             self._give(batch[0], OverloadedError("the device has no memory for this row: try again", retry_after_s=1.0))
         else:

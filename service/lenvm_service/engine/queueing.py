@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from lenvm_service.engine.jobs import Job, Result
@@ -15,8 +15,7 @@ from lenvm_service.errors import OverloadedError, ServiceError
 __all__ = ["Backlog", "BatchObserver", "BatcherOptions", "Cost", "Entry", "Reservation", "Ticket"]
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a job adds to a batch: new tokens, and attention cells as the engine pads them."""
 
     tokens: int
@@ -114,17 +113,16 @@ class Ticket:
             self.future.set_result(None)
 
 
-@dataclass(order=True)
-class Entry:
-    """One job in the queue, the earliest key first."""
+class Entry(NamedTuple):
+    """One job in the queue, the earliest key first. Compared as a tuple, in C: no two have one ``order``."""
 
     key: float
     order: int
-    ticket: Ticket = field(compare=False)
-    at: int = field(compare=False)
-    job: Job = field(compare=False)
-    cost: Cost = field(compare=False)
-    tried: bool = field(default=False, compare=False)  # alone, when memory had run out
+    ticket: Ticket
+    at: int
+    job: Job
+    cost: Cost
+    tried: bool = False  # alone, when memory had run out
 
 
 class Reservation:

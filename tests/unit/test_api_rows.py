@@ -1,0 +1,88 @@
+"""Rows of requests: the short way of a decoding loop's rows reads what the schema reads."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lenvm_service.api import rows
+from lenvm_service.engine.jobs import CandidateJob
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.just(2**31),
+    st.floats(0, 3),
+    st.text(max_size=2),
+    st.just("s" * 257),
+)
+IDS = st.lists(st.integers(0, 50_000), max_size=4)
+OBJECTIVES = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["equal_to", "at_most", "tilt", "none such"])},
+    optional={"target": st.one_of(st.integers(-1, 300), ODD), "lambda": st.one_of(st.floats(0, 1), ODD), "other": ODD},
+)
+ROWS = st.fixed_dictionaries(
+    {"candidates": st.one_of(IDS, ODD, st.lists(ODD, max_size=3)), "session": st.one_of(st.just("s-1"), ODD)},
+    optional={
+        "append": st.one_of(IDS, ODD, st.lists(ODD, max_size=3)),
+        "generated": st.one_of(st.integers(0, 9), ODD),
+        "logprobs": st.one_of(st.lists(st.floats(-9, 0), max_size=4), ODD, st.lists(ODD, max_size=3)),
+        "objective": st.one_of(OBJECTIVES, ODD),
+        "return_values": ODD,
+        "eos_ids": IDS,
+        "prompt": ODD,
+    },
+)
+
+
+def read(row: Any) -> Any:
+    call = rows.read_score(json.dumps({"inputs": [row]}).encode(), 8)
+    (found,) = rows.score_jobs(call, None, 3, "tenant")
+    return found
+
+
+def by_schema(row: Any) -> Any:
+    with patch.object(rows, "_plain_candidate_job", lambda *_: None):
+        return read(row)
+
+
+@given(ROWS)
+def test_a_decoding_loop_s_rows_are_read_as_the_schema_reads_them(row: dict[str, Any]) -> None:
+    one, other = read(row), by_schema(row)
+    if isinstance(other, CandidateJob):
+        assert isinstance(one, CandidateJob)
+        assert (list(one.candidates), list(one.prefix.token_ids)) == (
+            list(other.candidates),
+            list(other.prefix.token_ids),
+        )
+        assert (one.prefix.session, one.prefix.tenant) == (other.prefix.session, other.prefix.tenant)
+        assert (one.generated, one.objective, one.logprobs) == (other.generated, other.objective, other.logprobs)
+        assert (list(one.eos_ids), one.return_values) == (list(other.eos_ids), other.return_values)
+    else:
+        assert (type(one), str(one), getattr(one, "param", None)) == (
+            type(other),
+            str(other),
+            getattr(other, "param", None),
+        )
+
+
+PLAIN = {"session": "s-1", "append": [7], "candidates": [3, 4], "generated": 2, "return_values": False}
+
+
+@pytest.mark.parametrize("more", [{}, {"objective": {"kind": "equal_to", "target": 9}}, {"logprobs": [-1.0, -2.0]}])
+def test_they_do_not_go_through_the_schema(more: dict[str, Any]) -> None:
+    with patch.object(rows, "check", side_effect=AssertionError("the schema was asked")):
+        assert isinstance(rows._candidate_job({**PLAIN, **more}, None, 3, ""), CandidateJob)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"eos_ids": [1]}, {"append": [True]}, {"candidates": [-1]}, {"generated": 1.0}, {"logprobs": [-1, -2]}]
+)
+def test_all_else_does(odd: dict[str, Any]) -> None:
+    assert rows._plain_candidate_job({**PLAIN, **odd}, "") is None
