@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from lenvm_client._state import Lineage, Live, Recent, Record, Tally, digests, objective_key
-from lenvm_client._steps import GuidanceReport, GuidedRow, WeightedRow, log_sum
+from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow, log_sum
 from lenvm_client._text import TextAdapter, View
 from lenvm_client._types import CandidateInput, CandidateScores, RowError
 from lenvm_client._wire import Wait
@@ -172,10 +172,18 @@ class Core:
         record = self._records.get(parent or (digests(row.prefix)[0], objective_key(row.objective)))
         if record is None:
             return Tally()
+        before = record.tally.report
         # A token that was no candidate was not drawn from q: its cost cannot be told.
-        cost = record.tally.report.text_cost + record.costs.get(last, math.nan)
-        forced = record.forced and is_end
-        return replace(record.tally, report=replace(record.tally.report, text_cost=cost, forced_stop=forced))
+        cost = before.text_cost + record.costs.get(last, math.nan)
+        report = RowReport(
+            before.steps,
+            before.guided_steps,
+            before.fallbacks,
+            before.prefix_resends,
+            forced_stop=record.forced and is_end,
+            text_cost=cost,
+        )
+        return Tally(report, record.tally.given_up)
 
     def _ends(self, row: GuidedRow) -> tuple[int, ...]:
         return self.end_ids if row.end_ids is None else tuple(row.end_ids)
@@ -312,13 +320,16 @@ class Core:
         costs = weighted.costs() if self._sampled else [math.nan] * len(x.ids)
         ends = self._ends(x.row)
         forced = log_sum([p for i, p in zip(x.ids, x.logprobs, strict=True) if i in ends]) < FORCED_STOP_LOGPROB
-        report = replace(
-            x.tally.report,
-            steps=x.tally.report.steps + 1,
-            guided_steps=x.tally.report.guided_steps + guided,
-            fallbacks=x.tally.report.fallbacks + (x.row.objective is not None and not guided),
+        before = x.tally.report
+        report = RowReport(
+            before.steps + 1,
+            before.guided_steps + guided,
+            before.fallbacks + (x.row.objective is not None and not guided),
+            before.prefix_resends,
+            before.forced_stop,
+            before.text_cost,
         )
-        tally = replace(x.tally, report=report)
+        tally = Tally(report, x.tally.given_up)
         self._records.put(x.lineage, Record(tally, dict(zip(x.ids, costs, strict=True)), forced))
         return weighted
 

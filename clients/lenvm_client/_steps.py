@@ -51,7 +51,11 @@ class WeightedRow:
 
     def costs(self) -> list[float]:
         """``log q - log p`` [K], both over the candidates, in nats."""
-        return [q - p for q, p in zip(self.log_q(), _normalised(self.logprobs), strict=True)]
+        if not any(self.log_weights):
+            return [0.0] * len(self.ids)
+        guided = log_sum([p + w for p, w in zip(self.logprobs, self.log_weights, strict=True)])
+        shift = log_sum(self.logprobs) - guided
+        return [weight + shift for weight in self.log_weights]
 
     def draw(self, draw: float) -> int:
         """The candidate that a uniform in [0, 1) picks from q. Sorted by id, so that nearly equal probabilities cannot
@@ -139,7 +143,8 @@ class GuidanceReport:
 def log_sum(values: Sequence[float]) -> float:
     """Natural log of the sum of exponentials; -inf for none."""
     top = max(values, default=-math.inf)
-    return top if math.isinf(top) else top + math.log(sum(math.exp(value - top) for value in values))
+    exp = math.exp  # a list and a local name: every row of every step of a generation comes here
+    return top if math.isinf(top) else top + math.log(sum([exp(value - top) for value in values]))
 
 
 def uniform(seed: int, step: int) -> float:
