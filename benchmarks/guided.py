@@ -249,6 +249,8 @@ def main() -> None:
     merge(options.report, {"guided": found}, device)  # what follows is only for comparison
     repeats = max(2, options.rounds)
     found["generate"] = {"eager": generated(model, prompts, options.tokens, repeats)}
+    found["sampler"] = sampled(backbone(), value, eos_ids, options)
+    merge(options.report, {"guided": found}, device)
     if options.compile:
         try:
             compiled = generated(model, prompts, options.tokens, repeats, cache_implementation="static")
@@ -256,7 +258,6 @@ def main() -> None:
         except Exception as error:  # transformers and the compiler of this machine: not ours to fail on
             print(f"compiled generate failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
             found["generate"]["compiled"] = None
-    found["sampler"] = sampled(backbone(), value, eos_ids, options)
     table = {"step (scorer alone)": step, **{f"loop, {name}": row for name, row in ways.items()}}
     table |= {f"generate, {name}": row for name, row in found["generate"].items() if row is not None}
     table |= {f"own sampler, {name}": row for name, row in found["sampler"].items()}
