@@ -16,7 +16,8 @@ __all__ = ["Rotation", "StepScratch", "promote_tokens", "rotate_and_store", "ste
 
 _WARPS, _STAGES, _TILE = 4, 2, 64
 _LEAST = 4  # tiles of a share: of less, putting shares together takes longer than it saves
-_PROGRAMS_TIMES_DIM, _MOST_SPLITS, _MOST_QUERIES = 192, 8, 64
+_MOST_SPLITS, _MOST_QUERIES = 8, 64
+_PROGRAMS_TIMES_DIM, _PROGRAMS = 192, 1.5  # on each processor: of long prefixes, of short ones
 
 
 @triton.jit
@@ -200,8 +201,8 @@ class StepScratch:
         block, tiles = _query_tiles(width * heads // kv_heads)
         programs = rows * tiles * kv_heads
         # As many programs as run together, and no more: shares cost something to put together.
-        splits, room = (_MOST_SPLITS, _PROGRAMS_TIMES_DIM) if long else (_MOST_SPLITS // 2, _PROGRAMS_TIMES_DIM / 2)
-        splits = max(1, min(splits, round(room / dim * _processors(device) / programs)))
+        most, room = (_MOST_SPLITS, _PROGRAMS_TIMES_DIM / dim) if long else (_MOST_SPLITS // 2, _PROGRAMS)
+        splits = max(1, min(most, round(room * _processors(device) / programs)))
         places = programs * splits * block if splits > 1 else 1
         return cls(
             splits,
