@@ -75,6 +75,7 @@ _MANY = 256
 _PLAIN = _ONTO = Tiling(64, 64, 64, 4, 4)
 _ONTO_DEEP = Tiling(64, 64, 64, 4, 6)  # where more columns come in than go out
 _GATED = Tiling(128, 64, 64, 8, 3)
+_HEAD = Tiling(16, 0, 64, 4, 3)  # all columns
 
 
 def tiling(tokens: int, columns: int, many: Tiling = _PLAIN) -> Tiling:
@@ -339,8 +340,10 @@ def head_numbers(
     """The value head from its first product on, in float32: ``first [N, parts x width]`` (summed over the parts),
     ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``."""
     tokens, (count, width) = len(first), weight.shape
-    _head_kernel[(triton.cdiv(tokens, 16),)](
+    cut = _HEAD
+    _head_kernel[(triton.cdiv(tokens, cut.rows),)](
         first, first_bias, weight, bias, out, tokens, WIDTH=width, COUNT=count, PARTS=first.shape[1] // width,
-        BM=16, BK=min(64, max(16, triton.next_power_of_2(width))), BC=max(16, triton.next_power_of_2(count)),
-        EARLY=launches_early(first.device), num_warps=4, num_stages=3, **launch_options(first.device),
+        BM=cut.rows, BK=min(cut.depth, max(16, triton.next_power_of_2(width))),
+        BC=max(16, triton.next_power_of_2(count)), EARLY=launches_early(first.device), num_warps=cut.warps,
+        num_stages=cut.stages, **launch_options(first.device),
     )  # fmt: skip
