@@ -73,6 +73,7 @@ class Sizes:
                 "prediction": "--probe-prompts 0", "conditional": "--max-new-tokens 32",
                 "lifebench": "--front 2", "tradeoff": "--prompts 2 --samples 1 --max-new-tokens 32 --sets ifeval "
                 "--least-pass 0", "tokens": "--resample 4 --min-count 2 --min-prompts 2 --no-examples",
+                "precision": f"{small} --steps 1", "precision-train": few, "precision-test": few,
                 "ablation": f"{small} --steps 1", "scaling": f"{small} --steps 1",
                 "bench-rollout": "--prompts 2 --samples 1", "bench-training": "--tiny",
                 "scheduling": "--requests 300 --seeds 2 --tuning-seeds 1",
@@ -257,7 +258,7 @@ def _experiments(add, lenvm, options, on, out, after) -> None:  # type: ignore[n
     work = options.work
     shared = f"--rollouts {work}/run/rollouts-train --test {work}/test --device {on}"
     base = f"{lenvm} eval ablation {shared} --steps 100 --seeds 2"
-    groups = {"target": "target", "head": "head,order", "gamma": "gamma", "rest": "precision,lambda"}
+    groups = {"target": "target", "head": "head,order", "gamma": "gamma", "rest": "lambda"}
     parts = [
         add(f"ablation:{name}", f"{base} --only {only} --work {work}/ablation-{name}.jsonl", *after, gives_way=True)
         for name, only in groups.items()
@@ -267,6 +268,19 @@ def _experiments(add, lenvm, options, on, out, after) -> None:  # type: ignore[n
         "ablation:report",
         f"cat {files} > {work}/ablation.jsonl && {base} --work {work}/ablation.jsonl {out % 'ablation'}",
         *parts,
+    )
+    # Of answers of its own: float32 takes its time, and the comparison needs few.
+    rollout = f"{lenvm} rollout --data {options.data} --device {on} --max-rows {3072 if options.gpus else 16}"
+    train = f"{rollout} --split train --prompts 1200 --samples 3 --out {work}/precision-train"
+    test = f"{rollout} --split test --prompts 200 --samples 8 --seed 7 --out {work}/precision-test"
+    add(
+        "precision",
+        f"{lenvm} eval ablation --rollouts {work}/precision-train --test {work}/precision-test --device {on} "
+        f"--steps 60 --seeds 1 --only precision --work {work}/precision.jsonl "
+        f"--report {options.reports}/precision.json",
+        add("precision-train", train),
+        add("precision-test", test),
+        gives_way=True,
     )
     base = f"{lenvm} eval scaling {shared} --prompts 2500"
     axes = ("depth", "prompts", "samples")

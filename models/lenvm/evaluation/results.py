@@ -295,7 +295,8 @@ FRAGMENTS: Mapping[str, tuple[str, Callable[[Metrics], str]]] = {
     "ablation-budget": ("ablation", _budget),
     "ablation-figure": ("ablation", _figures(("ablation", "Error of every variant, at the prompt and at every state"))),
     **{f"ablation-{group}": ("ablation", _group(group)) for group in
-       ("target", "order", "precision", "gamma", "head", "lambda")},
+       ("target", "order", "gamma", "head", "lambda")},
+    "ablation-precision": ("precision", lambda metrics: f"{_budget(metrics)}\n\n{_group('precision')(metrics)}"),
     "ablation-positions": ("ablation", _gamma_positions),
     "scaling": ("scaling", _scaling),
     "scaling-budget": ("scaling", _budget),
