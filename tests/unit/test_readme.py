@@ -108,3 +108,36 @@ def test_what_the_readme_says_of_the_comparisons() -> None:
         assert kind != "equal_to" or row in README
         assert said(equal["posterior_minus_gate"]) in README
         assert equal["posterior_minus_gate"][1] > 0  # "beats the gate on all three"
+
+
+def test_figures_of_the_http_path() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    http = report("engine")["http"]
+    served = {run["api_workers"]: run for run in http["served"]}
+    (many,), (one,) = served[8]["rates"], served[1]["rates"]
+    for row, run in ((many, served[8]), (served[8]["texts"], None)):
+        cells = [f"{row['answered_per_s']:,.0f}/s", f"{row['p50_ms']:.1f} ms", f"{row['p99_ms']:.1f} ms"]
+        cells.append("" if run is None else f"{run['step']['added_ms']:.1f} ms")
+        assert "| ".join(f"{cell} " if cell else cell for cell in cells) + "|" in text, cells
+    assert (
+        f"| one process | {one['answered_per_s']:,.0f}/s, the rest 429 | | | {served[1]['step']['added_ms']:.1f} ms |"
+        in text
+    )
+    engine = http["engine_only"]
+    assert f"answers {engine['engine_requests_per_s']:,.0f} a second;" in text
+    assert f"the model alone {engine['scorer_requests_per_s']:,.0f}." in text
+
+
+def test_figures_of_guidance_and_layers() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    metrics = report("engine")
+    guided = metrics["guided"]
+    assert f"{guided['added_ms_in_process']:.1f} ms, {guided['added_in_process_over_step']:.2f} times" in text
+    assert f"{guided['added_ms_loopback']:.1f} over loopback" in text
+    profile = metrics["http_profile"]
+    for row in profile["layers"].values():
+        workers = f"{row['workers_us']:,.0f} us" if row["workers_us"] else ""
+        assert f"| {row['host_us']:,.0f} us | {workers}".rstrip() in text
+    step = profile["step"]
+    for figure in (step["added_ms_in_process"], step["meanwhile_ms"], step["added_ms_loopback"]):
+        assert f" {figure:.1f} " in text

@@ -75,7 +75,7 @@ class RequestMiddleware:
     Args:
         routes: the paths that the app knows.
         direct: routes of POSTs, by their paths, whose endpoints are called from here: they take the bare request, and
-            the framework's layers between would be two fifths of what such a request costs.
+            the framework's layers between would be a good part of what such a request costs.
     """
 
     def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str], direct: Mapping[str, Route]) -> None:
