@@ -266,7 +266,8 @@ def _experiments(add, lenvm, options, on, out, after) -> None:  # type: ignore[n
     files = " ".join(f"{work}/ablation-{name}.jsonl" for name in groups)
     add(
         "ablation:report",
-        f"cat {files} > {work}/ablation.jsonl && {base} --work {work}/ablation.jsonl {out % 'ablation'}",
+        f"cat {files} > {work}/ablation.jsonl && {base} --only {','.join(groups.values())} "
+        f"--work {work}/ablation.jsonl {out % 'ablation'}",
         *parts,
     )
     # Of answers of its own: float32 takes its time, and the comparison needs few.

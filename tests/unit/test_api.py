@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from typing import Any
 
 import pytest
+from fastapi.responses import JSONResponse
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from lenvm import __version__
 from lenvm.guidance import Objective
-from lenvm_service.api import create_app, responses
+from lenvm_service.api import create_app, middleware, responses
+from lenvm_service.api.errors import error_response
 from lenvm_service.api.examples import REQUEST_EXAMPLES, RESPONSE_EXAMPLES
 from lenvm_service.engine.jobs import CandidateJob, PredictJob, Prefix, TokenScoreJob
 from lenvm_service.metrics import Metrics
@@ -295,6 +299,38 @@ def test_an_application_below_a_prefix_knows_its_routes(engine: FakeEngine, metr
     assert (answer.status_code, answer.headers["x-queue-ms"]) == (200, "1.500")
     labels = {"route": "/predict_length", "status": "200", "error_type": "none"}
     assert metrics.registry.get_sample_value("lenvm_requests_total", labels) == 1.0
+
+
+def test_model_routes_are_called_directly_and_have_nothing_that_the_framework_would_do(
+    engine: FakeEngine, metrics: Metrics
+) -> None:
+    app = create_app({"fake": engine}, Settings(), metrics)
+    (middleware,) = app.user_middleware
+    direct = middleware.kwargs["direct"]
+    assert set(direct) == {"/predict_length", "/score"}
+    for route in direct.values():
+        assert (route.methods, route.dependencies, route.dependant.dependencies) == ({"POST"}, [], [])
+        assert (route.status_code, route.response_class.value) == (None, JSONResponse)
+
+
+def test_a_refusal_leaves_nothing_to_the_garbage_collector(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Exception]] = []
+
+    def spy(error: Exception, request: Any) -> Any:
+        kept.append(weakref.ref(error))
+        return error_response(error, request)
+
+    monkeypatch.setattr(middleware, "error_response", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        for path in ("/predict_length", "/score"):
+            body = {"model": "none such", "inputs": [{"token_ids": [1]}]}
+            assert client.post(path, json=body).status_code == 404
+            assert client.post(path, content=b"{").status_code == 400
+        assert [ref() for ref in kept] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_the_examples_of_the_document_are_true(client: TestClient) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lenvm_service.api import rows
+from lenvm_service.api.errors import RequestError
 from lenvm_service.engine.jobs import CandidateJob
 
 ODD = st.one_of(
@@ -82,7 +83,22 @@ def test_they_do_not_go_through_the_schema(more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [{"eos_ids": [1]}, {"append": [True]}, {"candidates": [-1]}, {"generated": 1.0}, {"logprobs": [-1, -2]}]
+    "odd",
+    [
+        {"logprobs": [-1.0, float("-inf")]},
+        {"eos_ids": [1]},
+        {"append": [True]},
+        {"candidates": [-1]},
+        {"generated": 1.0},
+        {"logprobs": [-1, -2]},
+    ],
 )
 def test_all_else_does(odd: dict[str, Any]) -> None:
     assert rows._plain_candidate_job({**PLAIN, **odd}, "") is None
+
+
+def test_a_number_that_no_float_holds_is_the_schema_s_error() -> None:
+    body = json.dumps({"inputs": [{**PLAIN, "logprobs": [-1.0, -2.5]}]}).replace("-2.5", "-1e999")
+    (found,) = rows.score_jobs(rows.read_score(body.encode(), 8), None, 3)
+    assert isinstance(found, RequestError)
+    assert found.param == "logprobs[1]"

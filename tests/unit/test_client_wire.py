@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import email.utils
 import json
 import math
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lenvm_client import _calls, _decode, errors
+from lenvm_client import _calls, _decode, _types, errors
+from lenvm_client._state import Tally
+from lenvm_client._steps import RowReport
 from lenvm_client._types import (
     CandidateInput,
     CandidateScores,
@@ -166,6 +169,17 @@ class TestBodies:
             predict([b"bytes"])
         with pytest.raises(errors.InvalidRequestError, match="PredictInput, not CandidateInput"):
             predict([CandidateInput(token_ids=[1], candidates=[2])])
+
+
+def test_answers_are_made_without_init() -> None:
+    """What ``decode`` and ``GuidedDecoder`` take for granted of the types that they fill."""
+    for kind in vars(_types).values():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            assert not hasattr(kind, "__post_init__"), kind
+            assert not hasattr(kind, "__slots__"), kind
+    names = ["steps", "guided_steps", "fallbacks", "prefix_resends", "forced_stop", "text_cost"]
+    assert [field.name for field in dataclasses.fields(RowReport)] == names, "_core carries these from step to step"
+    assert [field.name for field in dataclasses.fields(Tally)] == ["report", "given_up"]
 
 
 @pytest.fixture(params=["pydantic's parser", "json"])

@@ -292,10 +292,12 @@ def test_posterior_by_target_and_the_caps_it_was_chosen_within(tmp_path: Path) -
 
 
 def test_every_fragment_renders_and_says_what_is_missing(reports: Path, tmp_path: Path) -> None:
+    (reports / "precision.json").write_text(json.dumps({"metrics": METRICS["ablation"]}))
     for name, (report, _) in FRAGMENTS.items():
         document = f"<!-- begin:{name} -->\n<!-- end:{name} -->"
-        assert f"lenvm eval {report}" in fill(document, tmp_path)
-        if report in METRICS:
+        command = "lenvm eval ablation --only precision" if report == "precision" else f"lenvm eval {report}"
+        assert command in fill(document, tmp_path)
+        if report in {*METRICS, "precision"}:
             body = fill(document, reports).split("\n", 1)[1].rsplit("\n", 1)[0]
             assert body
             widths = {line.replace("\\|", "").count("|") for line in body.split("\n\n")[-1].splitlines()}

@@ -39,8 +39,12 @@ def test_every_step_needs_steps_that_stand_before_it(
             assert set(after.split(", ")) <= seen | {"nothing"}
             seen.add(name)
     assert len({name for name in seen if name.startswith("sample/")}) == max(1, gpus)
-    for report in ("prediction", "lifebench", "conditional", "tradeoff", "tokens", "ablation", "scaling"):
+    for report in ("prediction", "lifebench", "conditional", "tradeoff", "tokens", "ablation", "precision", "scaling"):
         assert f"--report reports/{report}.json" in text
+    trains = {
+        line.partition("--only ")[2].split()[0] for line in text.splitlines() if "ablation.jsonl --report" in line
+    }
+    assert trains == {"target,head,order,gamma,lambda"}, "the report trains what no step before it did"
     assert ("torch.distributed.run" in text) == (gpus > 1 and not keep)
     assert ("train" in seen) == ("calibrate" in seen) == (not keep)
 

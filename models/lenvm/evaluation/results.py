@@ -59,7 +59,8 @@ def fill(text: str, reports: Path) -> str:
             raise DataError(f"there is no fragment {name!r}: choose from {', '.join(FRAGMENTS)}")
         report, render = FRAGMENTS[name]
         path = reports / f"{report}.json"
-        body = render(read_metrics(path)) if path.is_file() else f"*Not measured yet: `lenvm eval {report}`.*"
+        command = _COMMANDS.get(report, f"lenvm eval {report}")
+        body = render(read_metrics(path)) if path.is_file() else f"*Not measured yet: `{command}`.*"
         return f"<!-- begin:{name} -->\n{body.strip()}\n<!-- end:{name} -->"
 
     return _MARK.sub(made, text)
@@ -279,6 +280,8 @@ def _token_figures(metrics: Metrics) -> str:
     view = "[Three answers, coloured token by token](figures/tokens.html): open it in a browser."
     return f"{pictures}\n\n{view}" if metrics.get("examples") else pictures
 
+
+_COMMANDS = {"precision": "lenvm eval ablation --only precision --report reports/precision.json"}
 
 # Fragment -> the report that it is made of, and how.
 FRAGMENTS: Mapping[str, tuple[str, Callable[[Metrics], str]]] = {

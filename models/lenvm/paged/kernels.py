@@ -201,7 +201,9 @@ class StepScratch:
         block, tiles = _query_tiles(width * heads // kv_heads)
         programs = rows * tiles * kv_heads
         # As many programs as run together, and no more: shares cost something to put together.
-        most, room = (_MOST_SPLITS, _PROGRAMS_TIMES_DIM / dim) if long else (_MOST_SPLITS // 2, _PROGRAMS)
+        most, room = _MOST_SPLITS, _PROGRAMS_TIMES_DIM / dim
+        if not long:
+            most, room = most // 2, min(room, _PROGRAMS)
         splits = max(1, min(most, round(room * _processors(device) / programs)))
         places = programs * splits * block if splits > 1 else 1
         return cls(

@@ -81,12 +81,13 @@ async def ask(
             raise ClientDisconnect
         raise DeadlineExceededError("the deadline passed before the answer was there: give it more time")
     finally:
+        work.add_done_callback(_seen)
         if not work.done():
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
 
-def _seen(task: asyncio.Task[None]) -> None:
+def _seen(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()
 

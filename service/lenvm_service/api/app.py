@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from lenvm import __version__
 from lenvm_service.api.errors import install_error_handlers
-from lenvm_service.api.middleware import RequestMiddleware
+from lenvm_service.api.middleware import MODEL_ROUTES, RequestMiddleware
 from lenvm_service.api.openapi import DESCRIPTION, install_openapi
 from lenvm_service.api.ports import EngineLike, MetricsLike
 from lenvm_service.api.routes import router
@@ -18,8 +18,6 @@ from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing
 
 __all__ = ["create_app"]
-
-_DIRECT = ("/predict_length", "/score")
 
 
 def create_app(
@@ -49,6 +47,6 @@ def create_app(
     paths = frozenset(
         path for route in [*app.routes, *router.routes] if (path := getattr(route, "path", None)) is not None
     )
-    direct = {route.path: route for route in router.routes if isinstance(route, Route) and route.path in _DIRECT}
+    direct = {route.path: route for route in router.routes if isinstance(route, Route) and route.path in MODEL_ROUTES}
     app.add_middleware(RequestMiddleware, service=service, routes=paths, direct=direct)
     return app

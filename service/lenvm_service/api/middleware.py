@@ -20,13 +20,21 @@ from lenvm_service.api.service import Service
 from lenvm_service.errors import DrainingError
 from lenvm_service.logs import fields, request_id_var
 
-__all__ = ["CLIENT_GONE", "RequestContext", "RequestMiddleware", "accepted_request_id", "new_request_id"]
+__all__ = [
+    "CLIENT_GONE",
+    "MODEL_ROUTES",
+    "RequestContext",
+    "RequestMiddleware",
+    "accepted_request_id",
+    "new_request_id",
+]
 
 access = logging.getLogger("lenvm_service.access")
 
 CLIENT_GONE = 499
 """Logged and counted for a caller that went away; never sent."""
-_TIMED = frozenset({"/predict_length", "/score"})
+MODEL_ROUTES = frozenset({"/predict_length", "/score"})
+"""Those that a model answers: timed, and called without the framework's layers around them."""
 _OPEN = frozenset({"/health/live"})  # what asks whether to restart us has no key
 _LONGEST_ID = 128
 _PAGE = "/ui"
@@ -149,6 +157,8 @@ class RequestMiddleware:
         except Exception as unforeseen:
             error = unforeseen
         response = error_response(error, Request(scope))
+        # It holds this frame, and with it the request, until a garbage collection.
+        error.__traceback__ = None
         if context.status == 0:
             await response(scope, receive, send)
         elif self._is_page(path) and self.service.abandoned:
@@ -162,7 +172,7 @@ class RequestMiddleware:
         total = context.total_ms
         timing = f"total;dur={total:.3f}"
         headers = [(b"x-request-id", context.request_id.encode()), (b"x-total-ms", f"{total:.3f}".encode())]
-        if route in _TIMED:
+        if route in MODEL_ROUTES:
             queue, inference = f"{context.queue_ms:.3f}", f"{context.inference_ms:.3f}"
             headers += [(b"x-queue-ms", queue.encode()), (b"x-inference-ms", inference.encode())]
             timing = f"queue;dur={queue}, inference;dur={inference}, {timing}"

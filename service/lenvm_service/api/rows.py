@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -248,7 +249,13 @@ def _are_ids(value: Any) -> bool:
 
 
 def _are_numbers(value: Any, count: int) -> bool:
-    return type(value) is list and len(value) == count and set(map(type, value)) == {float}
+    # 1e999 is JSON, and infinite.
+    return (
+        type(value) is list
+        and len(value) == count
+        and set(map(type, value)) == {float}
+        and all(map(math.isfinite, value))
+    )
 
 
 def _token_job(row: TokenInput, tokenizer: Any) -> Job:
