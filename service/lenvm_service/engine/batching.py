@@ -363,8 +363,9 @@ class Batcher:
         self._batch_seconds += 0.2 * (seconds - self._batch_seconds)
         for ticket in tickets:
             ticket.inference_s += seconds
-        for entry, result in zip(batch, results, strict=True):
-            self._give(entry, result)
+        Ticket.end_all(
+            [entry.ticket for entry, result in zip(batch, results, strict=True) if self._completes(entry, result)]
+        )
         self._current, self._in_hand = [], 0
         self._tell()
         if self._observer:
@@ -385,11 +386,16 @@ class Batcher:
         self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate
 
     def _give(self, entry: Entry, result: Result) -> None:
+        if self._completes(entry, result):
+            entry.ticket.end()
+
+    @staticmethod
+    def _completes(entry: Entry, result: Result) -> bool:
+        """Note a row's result; whether its request has all of them now, and someone waits for it."""
         ticket = entry.ticket
         ticket.results[entry.at] = result
         ticket.missing -= 1
-        if ticket.missing == 0 and not ticket.gone:
-            ticket.end()
+        return ticket.missing == 0 and not ticket.gone
 
     def _contain(self, batch: list[Entry], error: BaseException) -> None:
         """A batch failed: its halves are tried alone, until whoever is guilty stands alone and gets the error."""

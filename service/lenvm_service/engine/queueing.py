@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -104,13 +104,25 @@ class Ticket:
 
     def end(self, error: ServiceError | None = None) -> None:
         """Wake whoever waits; called from the batcher's thread."""
-        self.gone, self.error = True, error
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to be told
-            self.loop.call_soon_threadsafe(self._wake)
+        self.error = error
+        self.end_all([self])
 
-    def _wake(self) -> None:
-        if not self.future.done():
-            self.future.set_result(None)
+    @staticmethod
+    def end_all(tickets: Sequence[Ticket]) -> None:
+        """:meth:`end` of all of them. A loop is woken once: each time that it is, it takes Python from this thread."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
+        for ticket in tickets:
+            ticket.gone = True
+            by_loop.setdefault(ticket.loop, []).append(ticket)
+        for loop, its in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to be told
+                loop.call_soon_threadsafe(_wake, its)
+
+
+def _wake(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        if not ticket.future.done():
+            ticket.future.set_result(None)
 
 
 class Entry(NamedTuple):
