@@ -33,6 +33,7 @@ class Channel(asyncio.Protocol):
         self._receive, self._lost = receive, lost
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
+        self._pending: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is ours."""
@@ -44,13 +45,22 @@ class Channel(asyncio.Protocol):
         self._lost()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Nothing happens where the other process has gone."""
+        """Nothing happens where the other process has gone. What one turn of the loop sends, a batch's answers, goes
+        in one write: each is a system call, and wakes the other process."""
         if self._transport is not None:
             body = to_json(message, inf_nan_mode="constants")
-            self._transport.write(_HEAD.pack(len(body)) + body)
+            if not self._pending:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._pending += (_HEAD.pack(len(body)), body)
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        if self._transport is not None and pending:
+            self._transport.write(b"".join(pending))
 
     def close(self) -> None:
-        """Close this end."""
+        """Close this end, once what was sent is on its way."""
+        self._flush()
         if self._transport is not None:
             self._transport.close()
 
