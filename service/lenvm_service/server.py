@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 import uvicorn
 
 from lenvm.errors import ArtifactError, InvalidRequestError, LenVMError
+from lenvm_service.garbage import let_garbage_be, settle_garbage
 from lenvm_service.http_protocol import HttpProtocol
 from lenvm_service.logs import configure_logging, fields
 from lenvm_service.settings import Settings, model_spec
@@ -59,7 +60,6 @@ _LINGER_S = 0.3  # after the last listener is closed: connections that were in u
 _PATIENCE_S = 5.0  # and so do those that were just accepted, however slow their clients are to send what they want
 _SWITCH_S = 0.0005
 _M_ARENA_MAX = -8  # of glibc's malloc.h
-_GC_THRESHOLDS = 5_000, 1, 10_000  # pauses of some milliseconds, and a full collection once in 10^8 objects that stay
 _ABANDON_S = 2  # for requests that were told to end, to do so
 
 
@@ -169,18 +169,6 @@ class Server(uvicorn.Server):
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return protocol
-
-
-def settle_garbage() -> None:
-    """Once everything is loaded: what is there stays, and the garbage collector no longer looks through it.
-
-    By default it looks through the whole heap, libraries and every held session, each time that has grown by a quarter:
-    a third of the time of a busy process, in pauses of a tenth of a second and more. Cycles die young here; what grows
-    old is sessions, which go by reference count.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def loading_problem(name: str, failure: Exception | None) -> str:
@@ -337,7 +325,7 @@ def _serve(settings: Settings, listener: socket.socket, load: EngineLoader | Non
             server.run(sockets=[listener])
             failure = server.failure
     finally:
-        gc.unfreeze()  # libraries clean up behind themselves on the way out
+        let_garbage_be()  # libraries clean up behind themselves on the way out
         gc.set_threshold(*thresholds)
         parts.close()
     logger.info("stopped")

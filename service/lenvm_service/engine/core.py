@@ -22,6 +22,7 @@ from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Res
 from lenvm_service.engine.prefixes import PrefixStore
 from lenvm_service.engine.sessions import SessionStore
 from lenvm_service.errors import OverloadedError
+from lenvm_service.garbage import collect_young
 from lenvm_service.prefix_cache import Chain, SessionRecord
 from lenvm_service.tracing import Tracing, traced
 
@@ -257,10 +258,12 @@ class EngineCore:
 
         def meanwhile() -> None:
             nonlocal candidates
-            candidates = self._candidate_rows(asked.values())
+            if asked:
+                candidates = self._candidate_rows(asked.values())
+            collect_young(len(rows))
 
         with traced(self.tracing, "forward", rows=len(rows)):
-            scores = self.scorer.score(rows, meanwhile if asked else None)
+            scores = self.scorer.score(rows, meanwhile)
         for work, score in zip(works.values(), scores, strict=True):
             work.score = score
         if candidates is not None:
