@@ -141,3 +141,10 @@ def test_figures_of_guidance_and_layers() -> None:
     step = profile["step"]
     for figure in (step["added_ms_in_process"], step["meanwhile_ms"], step["added_ms_loopback"]):
         assert f" {figure:.1f} " in text
+
+
+def test_figures_of_pauses() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").replace("\n", " ")
+    for way in ("python's count", "rows"):
+        row = report("engine")["pauses"][way]
+        assert f"p99 is {row['p99_ms']:.0f} ms and the longest pause {row['longest_pause_ms']:.0f}" in text
