@@ -82,6 +82,9 @@ class InstantScorer:
 class InstantEngine(Engine):
     """The real engine, batching and all."""
 
+    def _scorer(self, config: LenVMConfig, vocab_size: int) -> Any:
+        return InstantScorer(config, vocab_size)
+
     def _load(self) -> None:
         folder = find_checkpoint("smollm2-135m-instruct")
         config = LenVMConfig.load(folder)
@@ -89,7 +92,7 @@ class InstantEngine(Engine):
         tokenizer = load_tokenizer(backbone)
 
         def scorer() -> Any:
-            return InstantScorer(config, len(tokenizer))
+            return self._scorer(config, len(tokenizer))
 
         core = _core(config, tokenizer, backbone, scorer(), EngineOptions())
         assert load_eos_ids(backbone)

@@ -35,8 +35,8 @@ from lenvm.modeling import LengthValueModel
 from lenvm.scoring import TorchScorer
 from lenvm_client import CandidateScorer, Client
 from lenvm_client.drivers.hf import generate
+from lenvm_service.garbage import settle_garbage
 from lenvm_service.local import LocalScorer
-from lenvm_service.server import settle_garbage
 
 TEMPERATURE = 0.7
 EARLY = 8  # steps at the start that are not counted

@@ -39,8 +39,8 @@ from lenvm.scoring import ScoreRow, TorchScorer
 from lenvm_client import CandidateInput, CandidateScorer, Client
 from lenvm_service.engine import EngineOptions, PredictJob, Prefix
 from lenvm_service.engine.engine import Engine
+from lenvm_service.garbage import settle_garbage
 from lenvm_service.local import LocalScorer
-from lenvm_service.server import settle_garbage
 from tests.support.redis_server import free_port
 
 GENERATOR = Path(__file__).with_name("_generator.py")

@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from _engine import load, merge
 from _instant import InstantEngine
 
-from lenvm.backbones import load_tokenizer, resolve_backbone
-from lenvm.config import LenVMConfig, find_checkpoint
+from lenvm.config import LenVMConfig
 from lenvm.scoring import RowScore, ScoreRow, TorchScorer
 from lenvm.scoring.torch_scorer import TorchState, _Held
 from lenvm_service import garbage
 from lenvm_service.engine import EngineOptions, PredictJob, Prefix
-from lenvm_service.engine.loading import Loaded, _core
 from lenvm_service.server import share_interpreter
 
 WAYS = ("python's count", "rows")
@@ -62,18 +61,8 @@ class SleepingEngine(InstantEngine):
 
     cache_tokens = 0
 
-    def _load(self) -> None:
-        import torch
-
-        config = LenVMConfig.load(find_checkpoint("smollm2-135m-instruct"))
-        backbone = resolve_backbone(config.backbone.name)
-        model = load("tiny", "cpu", torch.float32)
-
-        def scorer() -> Any:
-            return SleepingScorer(model, pool_tokens=self.cache_tokens)
-
-        core = _core(config, load_tokenizer(backbone), backbone, scorer(), EngineOptions())
-        self._loaded = Loaded(core, scorer, "float32", backbone)
+    def _scorer(self, config: LenVMConfig, vocab_size: int) -> Any:
+        return SleepingScorer(load("tiny", "cpu", torch.float32), pool_tokens=self.cache_tokens)
 
 
 def measure(options: argparse.Namespace, way: str) -> dict[str, Any]:

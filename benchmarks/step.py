@@ -22,7 +22,7 @@ from _engine import MODELS, Ceilings, load, merge, spread, timed
 
 from lenvm.modeling import LengthValueModel
 from lenvm.scoring import RowScore, ScoreRow, TorchScorer
-from lenvm_service.server import settle_garbage
+from lenvm_service.garbage import settle_garbage
 
 
 class Steps:

@@ -46,7 +46,6 @@ __all__ = [
     "loading_problem",
     "make_parts",
     "serve",
-    "settle_garbage",
     "share_interpreter",
 ]
 

@@ -36,8 +36,9 @@ class LenVM:
         """Load the models, and give Serve the application. Raises why a model cannot be loaded: Serve shows that as
         the status of the deployment, and tries again."""
         from lenvm_service.api import create_app
+        from lenvm_service.garbage import settle_garbage
         from lenvm_service.logs import configure_logging
-        from lenvm_service.server import make_parts, settle_garbage, share_interpreter
+        from lenvm_service.server import make_parts, share_interpreter
 
         configure_logging(self._settings.log_format, self._settings.log_level)
         share_interpreter()

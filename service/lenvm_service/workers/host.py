@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lenvm_service.engine import Engine
+from lenvm_service.garbage import settle_garbage
 from lenvm_service.logs import fields
 from lenvm_service.metrics import Metrics
-from lenvm_service.server import loading_problem, settle_garbage
+from lenvm_service.server import loading_problem
 from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing
 from lenvm_service.workers.board import Board

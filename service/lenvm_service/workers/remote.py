@@ -23,8 +23,9 @@ from lenvm_service.api import create_app
 from lenvm_service.engine.jobs import Job, Reply, new_tokens
 from lenvm_service.engine.queueing import BatcherOptions, Reservation
 from lenvm_service.errors import NotReadyError
+from lenvm_service.garbage import settle_garbage
 from lenvm_service.logs import configure_logging
-from lenvm_service.server import Server, http_config, settle_garbage
+from lenvm_service.server import Server, http_config
 from lenvm_service.settings import Settings
 from lenvm_service.tracing import Tracing, make_tracing
 from lenvm_service.workers.board import Board
