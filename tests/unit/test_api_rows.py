@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lenvm_client import CandidateInput, CandidateScores, GuidedDecoder, GuidedRow
+from lenvm_client._wire import make_call
 from lenvm_service.api import rows
 from lenvm_service.api.errors import RequestError
 from lenvm_service.engine.jobs import CandidateJob
@@ -36,7 +39,7 @@ ROWS = st.fixed_dictionaries(
         "logprobs": st.one_of(st.lists(st.floats(-9, 0), max_size=4), ODD, st.lists(ODD, max_size=3)),
         "objective": st.one_of(OBJECTIVES, ODD),
         "return_values": ODD,
-        "eos_ids": IDS,
+        "eos_ids": st.one_of(IDS, ODD, st.lists(ODD, max_size=3), st.just([1] * 65)),
         "prompt": ODD,
     },
 )
@@ -76,17 +79,46 @@ def test_a_decoding_loop_s_rows_are_read_as_the_schema_reads_them(row: dict[str,
 PLAIN = {"session": "s-1", "append": [7], "candidates": [3, 4], "generated": 2, "return_values": False}
 
 
-@pytest.mark.parametrize("more", [{}, {"objective": {"kind": "equal_to", "target": 9}}, {"logprobs": [-1.0, -2.0]}])
+@pytest.mark.parametrize(
+    "more", [{}, {"objective": {"kind": "equal_to", "target": 9}}, {"logprobs": [-1.0, -2.0]}, {"eos_ids": [2]}]
+)
 def test_they_do_not_go_through_the_schema(more: dict[str, Any]) -> None:
+    body = json.dumps({"inputs": [{**PLAIN, **more}]}).encode()
+    call = rows.read_score(body, 8)
     with patch.object(rows, "check", side_effect=AssertionError("the schema was asked")):
-        assert isinstance(rows._candidate_job({**PLAIN, **more}, None, 3, ""), CandidateJob)
+        assert isinstance(rows.score_jobs(call, None, 3)[0], CandidateJob)
+
+
+def test_nor_do_those_of_our_own_guided_decoder() -> None:
+    sent: list[CandidateInput] = []
+
+    class Scorer:
+        def score_candidates(self, given: Sequence[CandidateInput]) -> list[CandidateScores]:
+            sent.extend(given)
+            weights = [(0.0,) * len(row.candidates) for row in given]
+            return [
+                CandidateScores(index=at, values=(), horizons=(), log_weights=each, session="s-1")
+                for at, each in enumerate(weights)
+            ]
+
+    decoder = GuidedDecoder(Scorer(), [2])
+    wanted = {"kind": "equal_to", "target": 9}
+    for prefix in ([5, 6], [5, 6, 7]):
+        decoder.step([GuidedRow(prefix=prefix, candidates=[7, 2], logprobs=[-1.0, -2.0], objective=wanted)])
+    call = rows.read_score(make_call("POST", "/score", Any, {"inputs": sent[1:]}).content or b"", 8)
+    with patch.object(rows, "check", side_effect=AssertionError("the schema was asked")):
+        (job,) = rows.score_jobs(call, None, 8)
+    assert isinstance(job, CandidateJob)
+    assert (job.prefix.session, list(job.prefix.token_ids), tuple(job.eos_ids)) == ("s-1", [7], (2,))
 
 
 @pytest.mark.parametrize(
     "odd",
     [
         {"logprobs": [-1.0, float("-inf")]},
-        {"eos_ids": [1]},
+        {"eos_ids": [1] * 65},
+        {"candidates": [1, 2, 3, 4]},
+        {"prompt": None},
         {"append": [True]},
         {"candidates": [-1]},
         {"generated": 1.0},
@@ -94,7 +126,7 @@ def test_they_do_not_go_through_the_schema(more: dict[str, Any]) -> None:
     ],
 )
 def test_all_else_does(odd: dict[str, Any]) -> None:
-    assert rows._plain_candidate_job({**PLAIN, **odd}, "") is None
+    assert rows._plain_candidate_job({**PLAIN, **odd}, 3, "") is None
 
 
 def test_a_number_that_no_float_holds_is_the_schema_s_error() -> None:

@@ -7,7 +7,9 @@ rounded up to buckets, each with a graph of its own that is captured when it is 
 
 from __future__ import annotations
 
+import bisect
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,11 +22,10 @@ from lenvm.modeling import LengthValueModel
 from lenvm.paged import BlockPool
 from lenvm.scoring.step_layers import SHORT, StepHead, StepLayers
 
-__all__ = ["NO_PROMOTION", "StepGraphs", "StepNumbers"]
+__all__ = ["StepGraphs", "StepNumbers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
-NO_PROMOTION = (0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,25 @@ class StepGraphs:
         self,
         blocks: Sequence[Sequence[int]],
         lengths: Sequence[int],
-        candidates: Sequence[Sequence[int]],
-        ids: NDArray[np.int64],
-        promotions: Sequence[tuple[int, int, int, int, int]],
+        counts: Sequence[int],
+        ids: NDArray[np.int32],
+        promotions: Sequence[int],
     ) -> StepNumbers:
-        """Score each row's candidates (all of them once more in ``ids``) after its prefix of ``lengths[row]`` tokens,
-        which lie in ``blocks[row]``, after copying what ``promotions`` say (``lenvm.paged.kernels.promote_tokens``; one
-        each). The numbers are there after ``wait``, before which no other step may be launched.
+        """Score each row's candidates, ``counts[row]`` of ``ids``, after its prefix of ``lengths[row]`` tokens, which
+        lie in ``blocks[row]``, after copying what ``promotions`` say (``lenvm.paged.kernels.promote_tokens``; five
+        numbers a row). The numbers are there after ``wait``, before which no other step may be launched.
 
         Raises:
             GraphError: the step cannot be recorded here; nothing is done. What goes wrong in a replay is raised as it
                 is.
         """
-        rows = next(size for size in _ROWS if size >= len(lengths))
-        width = next(size for size in _WIDTHS if size >= max(map(len, candidates)))
+        rows = _ROWS[bisect.bisect_left(_ROWS, len(lengths))]
+        width = _WIDTHS[bisect.bisect_left(_WIDTHS, max(counts))]
         long = max(lengths) > SHORT
         graph = self._graphs.get((rows, width, long))
         if graph is None:
             graph = self._graphs[rows, width, long] = _StepGraph(self, rows, width, long=long)
-        return graph.launch(blocks, lengths, candidates, ids, promotions)
+        return graph.launch(blocks, lengths, counts, ids, promotions)
 
 
 class _StepGraph:
@@ -89,7 +90,8 @@ class _StepGraph:
         self.steps, self.rows, self.width, self.long = steps, rows, width, long
         pool = self.pool = steps.pool
         device, on_gpu = pool.device, pool.device.type == "cuda"
-        columns = pool.blocks_for(steps.model.context)
+        # Less to copy where no prefix is long.
+        columns = pool.blocks_for(steps.model.context if long else min(SHORT, steps.model.context))
         # One buffer and one copy from the host: promotions (int64), then lengths of prefixes, candidates and blocks
         # (int32), all rows of each together.
         shapes = ((rows, 5), (rows,), (rows, width), (rows, columns))
@@ -129,21 +131,24 @@ class _StepGraph:
         self,
         blocks: Sequence[Sequence[int]],
         lengths: Sequence[int],
-        candidates: Sequence[Sequence[int]],
-        ids: NDArray[np.int64],
-        promotions: Sequence[tuple[int, int, int, int, int]],
+        counts: Sequence[int],
+        ids: NDArray[np.int32],
+        promotions: Sequence[int],
     ) -> StepNumbers:
         """See :meth:`StepGraphs.launch`. Rows that nobody asked for have no prefix."""
-        count, width, on_gpu = len(lengths), len(candidates[0]), self.done is not None
-        self.host_lengths[:count] = lengths
-        self.host_lengths[count:] = 0
-        self.host_promotions[:count] = promotions
-        self.host_promotions[count:] = 0
-        if all(len(its) == width for its in candidates):
-            self.host_ids[:count, :width] = ids.reshape(count, width)
+        rows, width, on_gpu = len(lengths), counts[0], self.done is not None
+        self.host_lengths[:rows] = lengths
+        struct.pack_into(f"{len(promotions)}q", self.host_promotions, 0, *promotions)
+        if rows < self.rows:
+            self.host_lengths[rows:] = 0
+            self.host_promotions[rows:] = 0
+        if len(ids) == rows * width and counts.count(width) == rows:
+            self.host_ids[:rows, :width] = ids.reshape(rows, width)
         else:
-            for row, its in enumerate(candidates):
-                self.host_ids[row, : len(its)] = its
+            at = 0
+            for row, count in enumerate(counts):
+                self.host_ids[row, :count] = ids[at : at + count]
+                at += count
         for row, own in enumerate(blocks):
             # States of one sequence share the list until they need one more block.
             if self.written[row] is not own:

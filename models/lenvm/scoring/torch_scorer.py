@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import struct
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,7 @@ from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward
 from lenvm.paged.attention import Plan, suits_fresh_attention
 from lenvm.scoring._rows import check_row
 from lenvm.scoring.blocks import BlockLayout, StateBlock
-from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
+from lenvm.scoring.protocol import Meanwhile, PrefixState, RowScore, ScoreRow, ScorerStats
 
 if TYPE_CHECKING:
     from lenvm.decoding.step_decoder import StepDecoder
@@ -33,6 +34,7 @@ __all__ = ["TorchScorer", "TorchState"]
 
 _log = logging.getLogger(__name__)
 _LEAST_PREFIX = 128
+_NO_PROMOTION = (0, 0, 0, 0, 0)
 _STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of their own
 
 
@@ -81,6 +83,14 @@ class _Capture:
 def _is_whole(row: ScoreRow) -> bool:
     """A prompt from its first token on, wanted at its last one alone."""
     return row.state is None and row.values_from is None and not len(row.candidates)
+
+
+def _packed(rows: Sequence[Sequence[int]], total: int) -> NDArray[np.int32] | None:
+    """All ids of all rows, one after another; None where one is no 32-bit integer. In half of NumPy's time."""
+    try:
+        return np.frombuffer(struct.pack(f"{total}i", *chain.from_iterable(rows)), np.int32)
+    except struct.error:
+        return None
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -299,7 +309,7 @@ class TorchScorer:
         return score
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None = None) -> list[RowScore]:
         """Answer all rows, aligned; see :class:`lenvm.scoring.Scorer`.
 
         Raises:
@@ -320,7 +330,7 @@ class TorchScorer:
             # One row that goes on from a prefix must not keep whole prompts from their graph.
             if rest and (first := self._prompted([rows[at] for at in whole], None)) is not None:
                 try:
-                    second = self.score([rows[at] for at in rest], meanwhile)
+                    second = self.score([rows[at] for at in rest], meanwhile and (lambda _: meanwhile(None)))
                 except BaseException:
                     for answer in first:
                         answer.state.close()
@@ -328,7 +338,7 @@ class TorchScorer:
                 by_row = dict(zip([*whole, *rest], [*first, *second], strict=True))
                 return [by_row[at] for at in range(len(rows))]
         if meanwhile is not None:
-            meanwhile()
+            meanwhile(None)
         works: list[_Work] = []
         results: dict[int, RowScore] = {}
         try:
@@ -517,7 +527,7 @@ class TorchScorer:
             return self._decoder(plan.input_ids, plan.positions, plan)
         return packed_forward(self.model.decoder, plan)
 
-    def _stepped(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
+    def _stepped(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None) -> list[RowScore] | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates. None for any other call, or where this GPU or driver would not
         record the step (for good).
@@ -525,17 +535,15 @@ class TorchScorer:
         The device waits for this, so that it does in one loop what must be known before the launch, and no more."""
         steps, pool, context = self._steps, self.pool, self._context
         candidates = [row.candidates for row in rows]
-        widest = max(map(len, candidates), default=0)
-        if steps is None or not steps.fits(len(rows), widest) or not all(map(len, candidates)):
+        counts = list(map(len, candidates))
+        if steps is None or not counts or not steps.fits(len(rows), max(counts)) or not min(counts):
             return None
-        ids = np.fromiter(chain.from_iterable(candidates), np.int64, sum(map(len, candidates)))
-        if ids.view(np.uint64).max() >= self._vocab_size:  # negative ids are the largest then
+        ids = _packed(candidates, sum(counts))
+        if ids is None or ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
             return None
-        from lenvm.scoring.step_graph import NO_PROMOTION
-
         copies: list[tuple[int, int]] = []
-        held, lengths, chosen, sources = [], [], [], list[tuple[int, int, int, int, int]]()
-        size, capture = pool.block_size, None
+        held, lengths, chosen, sources = [], [], [], list[int]()
+        size, capture, advance = pool.block_size, None, pool.advance
         for row in rows:
             state, new = row.state, row.append
             # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
@@ -550,16 +558,16 @@ class TorchScorer:
                     at = scored.ids.index(new[0])
                 except ValueError:
                     return None
-                if not pool.advance(own.blocks, length):
+                if not advance(own.blocks, length):
                     own = _Held(pool, pool.fork(own.blocks, length, 1, copies))
                 if scored.capture is not capture:
                     capture = scored.capture
                     keys, values, token, layer = capture.addresses()
                 skip = (scored.first + at) * token
-                sources.append((keys + skip, values + skip, layer, own.blocks[length // size], length % size))
+                sources += keys + skip, values + skip, layer, own.blocks[length // size], length % size
                 length += 1
             else:
-                sources.append(NO_PROMOTION)
+                sources += _NO_PROMOTION
             if length >= context:
                 return None
             held.append(own)
@@ -567,7 +575,7 @@ class TorchScorer:
             chosen.append(at)
         pool.copy(copies)
         try:
-            step = steps.launch([own.blocks for own in held], lengths, candidates, ids, sources)
+            step = steps.launch([own.blocks for own in held], lengths, counts, ids, sources)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
@@ -587,7 +595,7 @@ class TorchScorer:
             self._count(len(ids))
             self.stats.promoted += len(chosen) - chosen.count(-1)
             if meanwhile is not None:
-                meanwhile()
+                meanwhile(answers)
         finally:
             step.wait()  # whatever happens: no other step may be launched before
         return answers
@@ -609,7 +617,7 @@ class TorchScorer:
         self._keep(capture)
         return answers
 
-    def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
+    def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None) -> list[RowScore] | None:
         """Whole prompts, wanted at their last tokens alone, by one graph; None for any other call, and where this GPU
         or driver would not record it (for good)."""
         if self._prompts is None or not all(map(_is_whole, rows)):
@@ -627,7 +635,7 @@ class TorchScorer:
             try:
                 self._count(tokens)
                 if meanwhile is not None:
-                    meanwhile()
+                    meanwhile(None)
             finally:
                 launched.wait()  # whatever happens: nothing else may be launched before
         except GraphError as error:

@@ -17,6 +17,7 @@ from lenvm.guidance import Objective
 from lenvm_service.api.body import check_fields, parse_object
 from lenvm_service.api.errors import RequestError, invalid
 from lenvm_service.api.schemas import (
+    MAX_EOS_IDS,
     MAX_GENERATED,
     MAX_ID,
     MAX_SESSION,
@@ -57,7 +58,9 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 Row: TypeAlias = Job | LenVMError
 _PREDICT_FIELDS = frozenset(PredictInput.model_fields)
 _ID_FIELDS = ("token_ids", "append", "completion_ids", "candidates")
-_PLAIN_FIELDS = frozenset(("session", "append", "candidates", "generated", "objective", "logprobs", "return_values"))
+_PLAIN_FIELDS = frozenset(
+    ("session", "append", "candidates", "generated", "objective", "logprobs", "eos_ids", "return_values")
+)
 _TEXT_FIELDS = frozenset(("prompt", "completion", "messages"))
 _CHARACTERS = 4  # of text a token, about
 _SCORE_FIELDS = frozenset(TokenInput.model_fields) | frozenset(CandidateInput.model_fields)
@@ -188,6 +191,8 @@ def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int, te
     """A job or an error for each row of /score. ``candidates`` tells the two kinds apart."""
 
     def job(row: Any) -> Job:
+        if (plain := _plain_candidate_job(row, max_candidates, tenant)) is not None:
+            return plain
         if isinstance(row, Mapping):
             # Null is "not given", also for a field of the other kind of row.
             row = {name: value for name, value in row.items() if value is not None or name not in _SCORE_FIELDS}
@@ -202,8 +207,6 @@ def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, 
     ids = row["candidates"]
     if isinstance(ids, list) and len(ids) > max_candidates:
         raise _RowTooLargeError(f"{len(ids)} candidates, {max_candidates} are allowed: send the likeliest ones")
-    if (plain := _plain_candidate_job(row, tenant)) is not None:
-        return plain
     found = check(CandidateInput, row)
     return CandidateJob(
         _prefix(found, tokenizer, tenant),
@@ -216,20 +219,24 @@ def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, 
     )
 
 
-def _plain_candidate_job(row: Mapping[str, Any], tenant: str) -> CandidateJob | None:
+def _plain_candidate_job(row: Any, max_candidates: int, tenant: str) -> CandidateJob | None:
     """What a decoding loop sends for each row of each step, if it is plainly as it should be: a third of the schema's
     time. None for all else, which the schema accepts or refuses by name."""
-    session, append, ids = row.get("session"), row.get("append", []), row["candidates"]
+    if type(row) is not dict or not row.keys() <= _PLAIN_FIELDS:
+        return None
+    session, append, ids = row.get("session"), row.get("append", []), row.get("candidates")
     generated, logprobs, values = row.get("generated", 0), row.get("logprobs"), row.get("return_values", True)
+    ends = row.get("eos_ids", [])
     plain = (
-        row.keys() <= _PLAIN_FIELDS
-        and type(session) is str
+        type(session) is str
         and 0 < len(session) <= MAX_SESSION
         and _are_ids(append)
         and _are_ids(ids)
-        and bool(ids)
+        and 0 < len(ids) <= max_candidates
         and type(generated) is int
         and 0 <= generated <= MAX_GENERATED
+        and _are_ids(ends)
+        and len(ends) <= MAX_EOS_IDS
         and (values is True or values is False)
     )
     if not plain or (logprobs is not None and not _are_numbers(logprobs, len(ids))):
@@ -239,7 +246,8 @@ def _plain_candidate_job(row: Mapping[str, Any], tenant: str) -> CandidateJob | 
         wanted = None if objective is None else Objective.from_dict(objective)
     except InvalidRequestError:
         return None
-    return CandidateJob(Prefix(append, session=session, tenant=tenant), ids, generated, wanted, logprobs, (), values)
+    prefix = Prefix(append, session=session, tenant=tenant)
+    return CandidateJob(prefix, ids, generated, wanted, logprobs, tuple(ends), values)
 
 
 def _are_ids(value: Any) -> bool:

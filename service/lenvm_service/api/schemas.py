@@ -40,6 +40,7 @@ __all__ = [
 MAX_ID = 2**31 - 1
 MAX_GENERATED = 1_000_000_000
 MAX_SESSION = 256
+MAX_EOS_IDS = 64
 _DAY_MS = 86_400_000
 
 
@@ -235,7 +236,7 @@ class CandidateInput(PrefixSource):
     objective: Annotated[
         Objective | None, PlainValidator(_objective, json_schema_input_type=ObjectiveFields | None)
     ] = Field(None, description="Without one there are no log-weights.")
-    eos_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
+    eos_ids: Annotated[list[TokenId], Field(max_length=MAX_EOS_IDS)] | None = Field(
         None, description="Ids that end the answer, beside the model's own."
     )
     return_values: bool | None = Field(
