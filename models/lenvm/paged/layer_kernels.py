@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
+    "Prefixes", "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
     "launches_early", "product", "product_onto", "silu_product", "tiling",
 ]  # fmt: skip
 
@@ -76,6 +76,7 @@ _PLAIN = _ONTO = Tiling(64, 64, 64, 4, 4)
 _ONTO_DEEP = Tiling(64, 64, 64, 4, 6)  # where more columns come in than go out
 _GATED = Tiling(128, 64, 64, 8, 3)
 _HEAD = Tiling(16, 0, 64, 4, 3)  # all columns
+_HEAD_SHARE, _HEAD_SHARES = 192, 8  # least width of a share; most shares
 
 
 def tiling(tokens: int, columns: int, many: Tiling = _PLAIN) -> Tiling:
@@ -279,12 +280,25 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Ten
 
 
 @triton.jit
-def _silu_kernel(x_ptr, out_ptr, INNER, BN: tl.constexpr, EARLY: tl.constexpr):
+def _silu_kernel(
+    x_ptr, out_ptr, key_ptr, value_ptr, table_ptr, len_ptr, INNER, stride_pb, stride_ph, stride_table,
+    BN: tl.constexpr, AHEAD: tl.constexpr, WIDTH: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
+    LINE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """One program per (tile of the inner width, token)."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
+    if AHEAD:
+        # The programs of a row's tokens fetch a head of a block of its prefix each.
+        batch = tl.program_id(1) // WIDTH
+        mine = tl.program_id(1) % WIDTH * tl.num_programs(0) + tl.program_id(0)
+        if mine // KV * SIZE < tl.load(len_ptr + batch):
+            block = tl.load(table_ptr + batch * stride_table + mine // KV).to(tl.int64)
+            at = block * stride_pb + mine % KV * stride_ph + tl.arange(0, SIZE * D // LINE) * LINE
+            fetch(key_ptr + at)
+            fetch(value_ptr + at)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     real = n < INNER
     gate = tl.load(x_ptr + row * 2 * INNER + n, mask=real, other=0.0).to(tl.float32)
@@ -292,31 +306,49 @@ def _silu_kernel(x_ptr, out_ptr, INNER, BN: tl.constexpr, EARLY: tl.constexpr):
     tl.store(out_ptr + row * INNER + n, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=real)
 
 
-def silu_product(both: torch.Tensor) -> torch.Tensor:
-    """``[N, 2 I]``, gate before up -> ``silu(gate) * up``, ``[N, I]``."""
+class Prefixes(NamedTuple):
+    """What attention will read of the pool: ``keys``/``values [blocks, kv_heads, size, D]`` of its layer, the rows'
+    ``tables [B, blocks]`` and ``lengths [B]``. Each row has ``width`` tokens."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    width: int
+
+
+def silu_product(both: torch.Tensor, ahead: Prefixes | None = None) -> torch.Tensor:
+    """``[N, 2 I]``, gate before up -> ``silu(gate) * up``, ``[N, I]``. ``ahead`` is fetched into the cache, as far as
+    the programs go round: the product that comes next leaves the memory time for it."""
     tokens, inner = both.shape[0], both.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=both.dtype, device=both.device)
     bn = min(2048, triton.next_power_of_2(inner))
+    given = ahead if ahead is not None else Prefixes(both, both, both, both, 1)
+    kv, size, dim = ahead.keys.shape[1:] if ahead is not None else (1, 1, 1)
+    line = min(dim, 128 // both.element_size())
     _silu_kernel[(triton.cdiv(inner, bn), tokens)](
-        both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
-    )
+        both, out, given.keys, given.values, given.tables, given.lengths, inner,
+        given.keys.stride(0), given.keys.stride(1), given.tables.stride(0),
+        BN=bn, AHEAD=ahead is not None and both.is_cuda, WIDTH=given.width, KV=kv, SIZE=size, D=dim, LINE=line,
+        EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device),
+    )  # fmt: skip
     return out
 
 
 @triton.jit
 def _head_kernel(
-    x_ptr, first_bias_ptr, w_ptr, bias_ptr, out_ptr, M, WIDTH: tl.constexpr, COUNT: tl.constexpr,
-    PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, first_bias_ptr, w_ptr, part_ptr, M, WIDTH: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
+    SHARE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of tokens."""
+    """One program per (tile of tokens, share of the width): one alone would take as long as two layers."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     acc = tl.zeros([BM, BC], tl.float32)
-    for step in range(0, WIDTH, BK):
-        k = step + tl.arange(0, BK)
+    for step in range(0, SHARE, BK):
+        k = tl.program_id(1) * SHARE + step + tl.arange(0, BK)
         real = (m < M)[:, None] & (k < WIDTH)[None, :]
         x = tl.zeros([BM, BK], tl.float32) + tl.load(first_bias_ptr + k, mask=k < WIDTH, other=0.0)[None, :]
         for part in tl.static_range(PARTS):
@@ -325,13 +357,29 @@ def _head_kernel(
             w_ptr + c[None, :] * WIDTH + k[:, None], mask=(c < COUNT)[None, :] & (k < WIDTH)[:, None], other=0.0
         )
         acc = tl.dot(x / (1.0 + tl.exp(-x)), w, acc, input_precision="tf32x3")
-    acc += tl.load(bias_ptr + c, mask=c < COUNT, other=0.0)[None, :]
+    at = (tl.program_id(1) * M + m)[:, None] * BC + c[None, :]
+    tl.store(part_ptr + at, acc, mask=(m < M)[:, None] & (c < COUNT)[None, :])
+
+
+@triton.jit
+def _head_end_kernel(part_ptr, bias_ptr, out_ptr, M, COUNT: tl.constexpr, SHARES: tl.constexpr, BM: tl.constexpr,
+                     BC: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """One program per tile of tokens: the shares together."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, BC)
+    real = (m < M)[:, None] & (c < COUNT)[None, :]
+    acc = tl.zeros([BM, BC], tl.float32) + tl.load(bias_ptr + c, mask=c < COUNT, other=0.0)[None, :]
+    for share in tl.static_range(SHARES):
+        acc += tl.load(part_ptr + (share * M + m)[:, None] * BC + c[None, :], mask=real, other=0.0)
     # The value logit stays as it is; the rest become log-probabilities.
     bins = tl.where(((c < COUNT) & (c > 0))[None, :], acc, float("-inf"))
     peak = tl.max(bins, 1)
     norm = peak + tl.log(tl.sum(tl.exp(bins - peak[:, None]), 1))
     acc = tl.where((c > 0)[None, :], acc - norm[:, None], acc)
-    tl.store(out_ptr + m[:, None] * COUNT + c[None, :], acc, mask=(m < M)[:, None] & (c < COUNT)[None, :])
+    tl.store(out_ptr + m[:, None] * COUNT + c[None, :], acc, mask=real)
 
 
 def head_numbers(
@@ -340,10 +388,17 @@ def head_numbers(
     """The value head from its first product on, in float32: ``first [N, parts x width]`` (summed over the parts),
     ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``."""
     tokens, (count, width) = len(first), weight.shape
-    cut = _HEAD
-    _head_kernel[(triton.cdiv(tokens, cut.rows),)](
-        first, first_bias, weight, bias, out, tokens, WIDTH=width, COUNT=count, PARTS=first.shape[1] // width,
-        BM=cut.rows, BK=min(cut.depth, max(16, triton.next_power_of_2(width))),
-        BC=max(16, triton.next_power_of_2(count)), EARLY=launches_early(first.device), num_warps=cut.warps,
-        num_stages=cut.stages, **launch_options(first.device),
+    cut, early = _HEAD, launches_early(first.device)
+    depth = min(cut.depth, max(16, triton.next_power_of_2(width)))
+    share = max(_HEAD_SHARE, triton.cdiv(triton.cdiv(width, _HEAD_SHARES), depth) * depth)
+    shares, columns = triton.cdiv(width, share), max(16, triton.next_power_of_2(count))
+    parts = torch.empty(shares, tokens, columns, dtype=torch.float32, device=first.device)
+    _head_kernel[(triton.cdiv(tokens, cut.rows), shares)](
+        first, first_bias, weight, parts, tokens, WIDTH=width, COUNT=count, PARTS=first.shape[1] // width,
+        SHARE=share, BM=cut.rows, BK=depth, BC=columns, EARLY=early, num_warps=cut.warps, num_stages=cut.stages,
+        **launch_options(first.device),
+    )  # fmt: skip
+    _head_end_kernel[(triton.cdiv(tokens, 4),)](
+        parts, bias, out, tokens, COUNT=count, SHARES=shares, BM=4, BC=columns, EARLY=early, num_warps=4,
+        **launch_options(first.device),
     )  # fmt: skip

@@ -119,9 +119,9 @@ class _StepGraph:
         self.done = torch.cuda.Event() if on_gpu else None
 
     def _step(self) -> None:
-        from lenvm.paged.kernels import promote_tokens
+        from lenvm.paged.kernels import promote_tokens, receive
 
-        self.inputs.copy_(self.sent, non_blocking=True)
+        receive(self.sent.view(torch.int32), self.inputs.view(torch.int32))
         promote_tokens(self.promotions, *self.pool.stacked)
         layers, kept = self.steps.layers, self.kept
         hidden = layers(self.ids.view(-1), self.lengths, self.tables, self.pool, kept, long=self.long)
@@ -138,7 +138,7 @@ class _StepGraph:
         """See :meth:`StepGraphs.launch`. Rows that nobody asked for have no prefix."""
         rows, width, on_gpu = len(lengths), counts[0], self.done is not None
         self.host_lengths[:rows] = lengths
-        struct.pack_into(f"{len(promotions)}q", self.host_promotions, 0, *promotions)
+        struct.pack_into(f"{len(promotions)}q", self.host_promotions.data, 0, *promotions)
         if rows < self.rows:
             self.host_lengths[rows:] = 0
             self.host_promotions[rows:] = 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -12,6 +12,10 @@ from lenvm.fused import FusedWeights, Weights
 from lenvm.modeling import ValueHead
 from lenvm.paged import BlockPool
 from lenvm.paged.attention import fresh_attention
+
+if TYPE_CHECKING:
+    from lenvm.paged.kernels import StepScratch
+    from lenvm.paged.layer_kernels import Prefixes
 
 __all__ = ["SHORT", "StepHead", "StepLayers"]
 
@@ -38,6 +42,8 @@ class StepLayers:
         cos, sin = decoder.rotary_emb(like, position_ids=places)
         half = fused.spec.head_dim // 2
         self.cos, self.sin = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+        # Kept between steps: its counts are left as they must be found.
+        self._scratch: dict[tuple[int, int, bool], StepScratch] = {}
 
     @staticmethod
     def suits(decoder: Any, fused: FusedWeights | None) -> bool:
@@ -65,23 +71,30 @@ class StepLayers:
         from lenvm.paged.kernels import Rotation, StepScratch, step_attention
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
-        heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
-        scratch: StepScratch | None = None
+        heads, kv_heads, dim, width = spec.heads, spec.kv_heads, spec.head_dim, tokens // rows
+        scratch = self._scratch.get((rows, width, long))
+        if scratch is None:
+            scratch = StepScratch.make(rows, heads, kv_heads, width, pool.keys[0], long=long)
+            self._scratch[rows, width, long] = scratch
 
         def attend(layer: int, w: Weights, qkv: torch.Tensor) -> torch.Tensor:
-            nonlocal scratch
             query, keys, values = qkv.view(tokens, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
-            if scratch is None:
-                scratch = StepScratch.make(rows, heads, kv_heads, tokens // rows, query, long=long)
             rotation = Rotation(self.cos, self.sin, w["q_norm"], w["k_norm"], spec.eps, kept[0, layer], kept[1, layer])
             return step_attention(
-                query, keys, values, pool.keys[layer], pool.values[layer], tables, lengths, None, tokens // rows,
+                query, keys, values, pool.keys[layer], pool.values[layer], tables, lengths, None, width,
                 spec.scaling, scratch, rotation,
             ).view(tokens, -1)  # fmt: skip
 
         gate_up = self.fused.stacks["gate_up"]
-        small = tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL
-        return self._small(ids, attend) if small else self._large(ids, attend)
+        if tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL:
+            return self._small(ids, attend)
+        from lenvm.paged.layer_kernels import Prefixes
+
+        prefixes = [
+            Prefixes(pool.keys[layer], pool.values[layer], tables, lengths, width)
+            for layer in range(1, len(self.fused.layers))
+        ]
+        return self._large(ids, attend, [*prefixes, None])
 
     def _small(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
         """By our own products: five kernels a layer."""
@@ -97,8 +110,9 @@ class StepLayers:
             stream = product_onto(stream, gated_product(stream, w["gate_up"], eps), w["down"], norms[layer + 1])
         return add_norm(stream.hidden, None, self.fused.norm, eps)
 
-    def _large(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """By the library's products, which are faster where there is much to multiply."""
+    def _large(self, ids: torch.Tensor, attend: Attend, ahead: Sequence[Prefixes | None]) -> torch.Tensor:
+        """By the library's products, which are faster where there is much to multiply. ``ahead``: what the next layer
+        will read of the pool, for each layer."""
         from lenvm.paged.layer_kernels import add_norm, silu_product
 
         eps = self.fused.spec.eps
@@ -107,7 +121,8 @@ class StepLayers:
         for layer, w in enumerate(self.fused.layers):
             mixed = attend(layer, w, linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"]))
             hidden.addmm_(mixed, w["o"].t())
-            delta = linear(silu_product(linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])), w["down"])
+            both = linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])
+            delta = linear(silu_product(both, ahead[layer]), w["down"])
         return add_norm(hidden, delta, self.fused.norm, eps)
 
     def prompts(

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -227,7 +227,7 @@ def _plain_candidate_job(row: Any, max_candidates: int, tenant: str) -> Candidat
     session, append, ids = row.get("session"), row.get("append", []), row.get("candidates")
     generated, logprobs, values = row.get("generated", 0), row.get("logprobs"), row.get("return_values", True)
     ends = row.get("eos_ids", [])
-    plain = (
+    if not (
         type(session) is str
         and 0 < len(session) <= MAX_SESSION
         and _are_ids(append)
@@ -238,8 +238,8 @@ def _plain_candidate_job(row: Any, max_candidates: int, tenant: str) -> Candidat
         and _are_ids(ends)
         and len(ends) <= MAX_EOS_IDS
         and (values is True or values is False)
-    )
-    if not plain or (logprobs is not None and not _are_numbers(logprobs, len(ids))):
+        and (logprobs is None or _are_numbers(logprobs, len(ids)))
+    ):
         return None
     objective = row.get("objective")
     try:
@@ -250,7 +250,7 @@ def _plain_candidate_job(row: Any, max_candidates: int, tenant: str) -> Candidat
     return CandidateJob(prefix, ids, generated, wanted, logprobs, tuple(ends), values)
 
 
-def _are_ids(value: Any) -> bool:
+def _are_ids(value: Any) -> TypeGuard[list[int]]:
     return type(value) is list and (
         not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_ID)
     )
