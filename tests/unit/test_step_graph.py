@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from lenvm.scoring.step_graph import StepGraphs, _StepGraph
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each step found in its buffers; it answers with the candidates' ids, and keeps keys of these numbers."""
     found: list[dict[str, Any]] = []
 
@@ -27,7 +26,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         self.kept[:] = self.ids.reshape(1, 1, -1, 1, 1).to(self.kept.dtype)
 
     monkeypatch.setattr(_StepGraph, "_step", step)
-    yield found
+    return found
 
 
 @pytest.fixture
