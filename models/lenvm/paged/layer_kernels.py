@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "Prefixes", "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
+    "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
     "launches_early", "product", "product_onto", "silu_product", "tiling",
 ]  # fmt: skip
 
@@ -280,25 +280,12 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Ten
 
 
 @triton.jit
-def _silu_kernel(
-    x_ptr, out_ptr, key_ptr, value_ptr, table_ptr, len_ptr, INNER, stride_pb, stride_ph, stride_table,
-    BN: tl.constexpr, AHEAD: tl.constexpr, WIDTH: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
-    LINE: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
+def _silu_kernel(x_ptr, out_ptr, INNER, BN: tl.constexpr, EARLY: tl.constexpr):
     """One program per (tile of the inner width, token)."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
-    if AHEAD:
-        # The programs of a row's tokens fetch a head of a block of its prefix each.
-        batch = tl.program_id(1) // WIDTH
-        mine = tl.program_id(1) % WIDTH * tl.num_programs(0) + tl.program_id(0)
-        if mine // KV * SIZE < tl.load(len_ptr + batch):
-            block = tl.load(table_ptr + batch * stride_table + mine // KV).to(tl.int64)
-            at = block * stride_pb + mine % KV * stride_ph + tl.arange(0, SIZE * D // LINE) * LINE
-            fetch(key_ptr + at)
-            fetch(value_ptr + at)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     real = n < INNER
     gate = tl.load(x_ptr + row * 2 * INNER + n, mask=real, other=0.0).to(tl.float32)
@@ -306,32 +293,14 @@ def _silu_kernel(
     tl.store(out_ptr + row * INNER + n, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=real)
 
 
-class Prefixes(NamedTuple):
-    """What attention will read of the pool: ``keys``/``values [blocks, kv_heads, size, D]`` of its layer, the rows'
-    ``tables [B, blocks]`` and ``lengths [B]``. Each row has ``width`` tokens."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    tables: torch.Tensor
-    lengths: torch.Tensor
-    width: int
-
-
-def silu_product(both: torch.Tensor, ahead: Prefixes | None = None) -> torch.Tensor:
-    """``[N, 2 I]``, gate before up -> ``silu(gate) * up``, ``[N, I]``. ``ahead`` is fetched into the cache, as far as
-    the programs go round: the product that comes next leaves the memory time for it."""
+def silu_product(both: torch.Tensor) -> torch.Tensor:
+    """``[N, 2 I]``, gate before up -> ``silu(gate) * up``, ``[N, I]``."""
     tokens, inner = both.shape[0], both.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=both.dtype, device=both.device)
     bn = min(2048, triton.next_power_of_2(inner))
-    given = ahead if ahead is not None else Prefixes(both, both, both, both, 1)
-    kv, size, dim = ahead.keys.shape[1:] if ahead is not None else (1, 1, 1)
-    line = min(dim, 128 // both.element_size())
     _silu_kernel[(triton.cdiv(inner, bn), tokens)](
-        both, out, given.keys, given.values, given.tables, given.lengths, inner,
-        given.keys.stride(0), given.keys.stride(1), given.tables.stride(0),
-        BN=bn, AHEAD=ahead is not None and both.is_cuda, WIDTH=given.width, KV=kv, SIZE=size, D=dim, LINE=line,
-        EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device),
-    )  # fmt: skip
+        both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
+    )
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -15,7 +15,6 @@ from lenvm.paged.attention import fresh_attention
 
 if TYPE_CHECKING:
     from lenvm.paged.kernels import StepScratch
-    from lenvm.paged.layer_kernels import Prefixes
 
 __all__ = ["SHORT", "StepHead", "StepLayers"]
 
@@ -86,15 +85,8 @@ class StepLayers:
             ).view(tokens, -1)  # fmt: skip
 
         gate_up = self.fused.stacks["gate_up"]
-        if tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL:
-            return self._small(ids, attend)
-        from lenvm.paged.layer_kernels import Prefixes
-
-        prefixes = [
-            Prefixes(pool.keys[layer], pool.values[layer], tables, lengths, width)
-            for layer in range(1, len(self.fused.layers))
-        ]
-        return self._large(ids, attend, [*prefixes, None])
+        small = tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL
+        return self._small(ids, attend) if small else self._large(ids, attend)
 
     def _small(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
         """By our own products: five kernels a layer."""
@@ -110,9 +102,8 @@ class StepLayers:
             stream = product_onto(stream, gated_product(stream, w["gate_up"], eps), w["down"], norms[layer + 1])
         return add_norm(stream.hidden, None, self.fused.norm, eps)
 
-    def _large(self, ids: torch.Tensor, attend: Attend, ahead: Sequence[Prefixes | None]) -> torch.Tensor:
-        """By the library's products, which are faster where there is much to multiply. ``ahead``: what the next layer
-        will read of the pool, for each layer."""
+    def _large(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """By the library's products, which are faster where there is much to multiply."""
         from lenvm.paged.layer_kernels import add_norm, silu_product
 
         eps = self.fused.spec.eps
@@ -121,8 +112,7 @@ class StepLayers:
         for layer, w in enumerate(self.fused.layers):
             mixed = attend(layer, w, linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"]))
             hidden.addmm_(mixed, w["o"].t())
-            both = linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])
-            delta = linear(silu_product(both, ahead[layer]), w["down"])
+            delta = linear(silu_product(linear(add_norm(hidden, None, w["post_norm"], eps), w["gate_up"])), w["down"])
         return add_norm(hidden, delta, self.fused.norm, eps)
 
     def prompts(
