@@ -88,13 +88,6 @@ for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64
         parts = [want.logits[:, None]] + ([] if want.bin_logprobs is None else [want.bin_logprobs])
         torch.testing.assert_close(out, torch.cat(parts, 1), atol=2e-6, rtol=1e-5)
 
-    # What a graph is sent.
-    from lenvm.paged.kernels import receive
-
-    sent, to = torch.randint(9, (300,), dtype=torch.int32), torch.zeros(300, dtype=torch.int32)
-    receive(sent, to)
-    assert torch.equal(sent, to)
-
     # Candidates of several tensors into the pool of all layers; a row without one leaves it as it is.
     one, two = (torch.randn(2, 3, n, kv_heads, dim) for n in (5, 9))
     stack = torch.randn(2, 3, 40, kv_heads, size, dim)

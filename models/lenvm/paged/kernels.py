@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lenvm.paged.layer_kernels import fetch, launch_options, launches_early
 
-__all__ = ["Rotation", "StepScratch", "promote_tokens", "receive", "rotate_and_store", "step_attention", "store_tokens"]
+__all__ = ["Rotation", "StepScratch", "promote_tokens", "rotate_and_store", "step_attention", "store_tokens"]
 
 _WARPS, _STAGES, _TILE = 4, 2, 64
 _LEAST = 4  # tiles of a share: of less, putting shares together takes longer than it saves
@@ -49,25 +49,6 @@ def _update(q_1, q_2, keys_1, keys_2, values, mask, peak, total, acc, scale):
     shrink = tl.exp2((peak - new_peak) * scale)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return new_peak, total * shrink + tl.sum(weights, 1), acc
-
-
-@triton.jit
-def _tile(k_ptr, v_ptr, table_ptr, index, end, columns, stride_pb, D: tl.constexpr, SIZE: tl.constexpr,
-          TILE: tl.constexpr):  # fmt: skip
-    """Keys ``[D / 2, TILE]`` twice and values ``[TILE, D]`` of tile ``index`` of the prefix, zeros from ``end`` on. A
-    tile is whole blocks: what a block holds past the prefix, and block 0 past the table's end, is stale but finite, and
-    its weight is 0."""
-    h = tl.arange(0, D // 2)
-    d = tl.arange(0, D)
-    place = tl.arange(0, TILE)
-    real = place * 0 + index < end
-    column = index * (TILE // SIZE) + place // SIZE
-    block = tl.load(table_ptr + column, mask=real & (column < columns), other=0)
-    base = block.to(tl.int64) * stride_pb + place % SIZE * D
-    keys_1 = tl.load(k_ptr + base[None, :] + h[:, None], mask=real[None, :], other=0.0)
-    keys_2 = tl.load(k_ptr + base[None, :] + D // 2 + h[:, None], mask=real[None, :], other=0.0)
-    values = tl.load(v_ptr + base[:, None] + d[None, :], mask=real[:, None], other=0.0)
-    return keys_1, keys_2, values
 
 
 @triton.jit
@@ -126,13 +107,6 @@ def _step_kernel(  # noqa: PLR0915
                 base = block.to(tl.int64) * stride_pb + head * stride_ph + line % (SIZE * D)
                 fetch(pool_k_ptr + base)
                 fetch(pool_v_ptr + base)
-        cos, sin = 1.0, 0.0
-        if ROTATE:
-            angle = length * (D // 2) + h
-            cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
-        own_k, own_v = pool_k_ptr + head * stride_ph, pool_v_ptr + head * stride_ph
-        keys_1, keys_2, values = _tile(own_k, own_v, own_table, first, end, stride_table, stride_pb, D, SIZE, TILE)
-        if EARLY:
             gdc_wait()
             gdc_launch_dependents()
         if WIDTH > 0:
@@ -143,6 +117,10 @@ def _step_kernel(  # noqa: PLR0915
         token = start + m // G
         real = (m // G < count)[:, None]
         q_head = head * G + m % G
+        cos, sin = 1.0, 0.0
+        if ROTATE:
+            angle = length * (D // 2) + h
+            cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
         q_at = q_ptr + q_head[:, None] * stride_qh + token[:, None] * stride_qn
         q_1, q_2 = _halves(q_at, q_norm_ptr, cos, sin, real, eps, D, ROTATE, NORM)
         peak = tl.full([BM], float("-inf"), tl.float32)
@@ -165,14 +143,17 @@ def _step_kernel(  # noqa: PLR0915
                 tl.store(kept_v_ptr + kept + d[None, :], v_own, mask=theirs)
             itself = (m // G)[:, None] == c[None, :]
             peak, total, acc = _update(q_1, q_2, tl.trans(k_1), tl.trans(k_2), v_own, itself, peak, total, acc, scale)
-        # Each tile is on its way while the one before is worked on: the pipeliner would wait for it first.
-        for index in tl.range(first, end, num_stages=1):
-            next_1, next_2, next_values = _tile(
-                own_k, own_v, own_table, index + 1, end, stride_table, stride_pb, D, SIZE, TILE
-            )
+        for index in range(first, end):
+            # A tile is whole blocks: loads without a mask. What a block holds past the prefix, and block 0 past the
+            # table's end, is stale but finite, and its weight is 0.
+            column = index * (TILE // SIZE) + place // SIZE
+            block = tl.load(own_table + column, mask=column < stride_table, other=0)
+            base = block.to(tl.int64) * stride_pb + head * stride_ph + place % SIZE * D
+            keys_1 = tl.load(pool_k_ptr + base[None, :] + h[:, None])
+            keys_2 = tl.load(pool_k_ptr + base[None, :] + D // 2 + h[:, None])
+            values = tl.load(pool_v_ptr + base[:, None] + d[None, :])
             inside = (place < length - index * TILE)[None, :]
             peak, total, acc = _update(q_1, q_2, keys_1, keys_2, values, inside, peak, total, acc, scale)
-            keys_1, keys_2, values = next_1, next_2, next_values
         done = parts == 1
         if SPLITS > 1:
             if parts > 1:
@@ -410,19 +391,6 @@ def store_tokens(
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), pool_keys.stride(0), pool_keys.stride(1),
         HEADS=heads, BH=triton.next_power_of_2(heads), D=dim, num_warps=1,
     )  # fmt: skip
-
-
-@triton.jit
-def _receive_kernel(from_ptr, to_ptr, N, BN: tl.constexpr):
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
-    tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < N), mask=at < N)
-
-
-def receive(sent: torch.Tensor, to: torch.Tensor) -> None:
-    """Copy int32 ``sent [N]``, in pinned memory of the host, to the device by a kernel: at the head of a graph, a copy
-    is 8 us slower."""
-    block = 256
-    _receive_kernel[(triton.cdiv(len(sent), block),)](sent, to, len(sent), BN=block, num_warps=2)
 
 
 @triton.jit

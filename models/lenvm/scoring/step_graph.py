@@ -119,9 +119,9 @@ class _StepGraph:
         self.done = torch.cuda.Event() if on_gpu else None
 
     def _step(self) -> None:
-        from lenvm.paged.kernels import promote_tokens, receive
+        from lenvm.paged.kernels import promote_tokens
 
-        receive(self.sent.view(torch.int32), self.inputs.view(torch.int32))
+        self.inputs.copy_(self.sent, non_blocking=True)
         promote_tokens(self.promotions, *self.pool.stacked)
         layers, kept = self.steps.layers, self.kept
         hidden = layers(self.ids.view(-1), self.lengths, self.tables, self.pool, kept, long=self.long)
