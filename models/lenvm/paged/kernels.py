@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lenvm.paged.layer_kernels import fetch, launch_options, launches_early
+from lenvm.paged.layer_kernels import carved, fetch, launch_options, launches_early
 
 __all__ = ["Rotation", "StepScratch", "promote_tokens", "rotate_and_store", "step_attention", "store_tokens"]
 
@@ -99,12 +99,14 @@ def _step_kernel(  # noqa: PLR0915
         own_table = table_ptr + row * stride_table
         first, end = part * share, tl.minimum(part * share + share, tiles)
         if EARLY:
-            # The prefix is there already: it comes into the cache while the products before this are made.
-            line = tl.arange(0, TILE * D // LINE) * LINE
-            for index in range(first, tl.minimum(end, first + 8)):
-                column = index * (TILE // SIZE) + line // D // SIZE
-                block = tl.load(own_table + column, mask=column < stride_table, other=0)
-                base = block.to(tl.int64) * stride_pb + head * stride_ph + line % (SIZE * D)
+            # The prefix is there already: it comes into the cache while the products before this are made. Eight blocks
+            # at once: each look into the table is waited for.
+            line = tl.arange(0, SIZE * D // LINE) * LINE
+            past = tl.minimum(end * (TILE // SIZE), stride_table)
+            for start in range(first * (TILE // SIZE), tl.minimum(past, (first + 8) * (TILE // SIZE)), 8):
+                column = start + tl.arange(0, 8)
+                block = tl.load(own_table + column, mask=column < past, other=0)
+                base = block.to(tl.int64)[:, None] * stride_pb + head * stride_ph + line[None, :]
                 fetch(pool_k_ptr + base)
                 fetch(pool_v_ptr + base)
             gdc_wait()
@@ -280,7 +282,7 @@ def step_attention(
         kept_keys, kept_values = rotation.kept_keys, rotation.kept_values
     # Only among kernels that wait for each other: what comes before is then known to be done.
     early = rotation is not None and launches_early(query.device)
-    _step_kernel[(rows * tiles, kv_heads, scratch.splits)](
+    carved(_step_kernel[(rows * tiles, kv_heads, scratch.splits)](
         query, keys, values, pool_keys, pool_values, tables, prefix_lens, starts, out,
         scratch.parts, scratch.stats, scratch.counts, cos, sin, q_norm, k_norm, kept_keys, kept_values,
         scaling * 1.4426950408889634, rotation.eps if rotation is not None else 0.0,
@@ -291,7 +293,7 @@ def step_attention(
         ROTATE=rotation is not None, NORM=q_norm is not None, LINE=min(dim, 128 // query.element_size()), EARLY=early,
         num_warps=_WARPS, num_stages=_STAGES,
         **(launch_options(query.device) if early else {}),
-    )  # fmt: skip
+    ))  # fmt: skip
     return out
 
 
@@ -349,12 +351,12 @@ def rotate_and_store(
     pool. ``cos``/``sin [context, D / 2]`` float32."""
     tokens, total, dim = qkv.shape
     kv_heads = (total - heads) // 2
-    _rotate_kernel[(tokens,)](
+    carved(_rotate_kernel[(tokens,)](
         qkv, positions, blocks, offsets, cos, sin, *norms, pool_keys, pool_values, eps,
         pool_keys.stride(0), pool_keys.stride(1),
         HEADS=heads, KV=kv_heads, BH=triton.next_power_of_2(heads), BV=triton.next_power_of_2(kv_heads), D=dim,
         NORM=norms[0] is not None, EARLY=launches_early(qkv.device), num_warps=2, **launch_options(qkv.device),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @triton.jit
@@ -421,7 +423,7 @@ def promote_tokens(sources: torch.Tensor, pool_keys: torch.Tensor, pool_values: 
     to the next (0: nothing to copy), block, offset in the block. In a layer they are ``[kv_heads, D]``, contiguous.
     """
     layers, _, heads, _, dim = pool_keys.shape
-    _promote_kernel[(len(sources), layers)](
+    carved(_promote_kernel[(len(sources), layers)](
         sources, pool_keys, pool_values, pool_keys.stride(0), pool_keys.stride(1), pool_keys.stride(2),
         HEADS=heads, BH=triton.next_power_of_2(heads), D=dim, num_warps=4,
-    )  # fmt: skip
+    ))  # fmt: skip

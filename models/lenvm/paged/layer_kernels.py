@@ -12,6 +12,7 @@ what is there two kernels earlier, and all weights and prefixes, may be fetched 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "Stream", "Tiling", "add_norm", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
+    "Stream", "Tiling", "add_norm", "carved", "embed", "fetch", "gated_product", "head_numbers", "launch_options",
     "launches_early", "product", "product_onto", "silu_product", "tiling",
 ]  # fmt: skip
 
@@ -35,6 +36,19 @@ def launches_early(device: torch.device) -> bool:
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch that may come early."""
     return {"launch_pdl": True} if launches_early(device) else {}
+
+
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+_carved: set[int] = set()
+
+
+def carved(kernel: Any) -> None:
+    """Give a kernel that was launched all shared memory that there is. Kernels that want different cuts of a
+    processor's memory cannot be on it together, so that launching one early would be of no use."""
+    function = getattr(kernel, "function", None)  # none in Triton's interpreter
+    if function is not None and function not in _carved:
+        _carved.add(function)
+        ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), _CARVEOUT, 100)
 
 
 @triton.jit
@@ -74,7 +88,7 @@ class Tiling(NamedTuple):
 _MANY = 256
 _PLAIN = _ONTO = Tiling(64, 64, 64, 4, 4)
 _ONTO_DEEP = Tiling(64, 64, 64, 4, 6)  # where more columns come in than go out
-_GATED = Tiling(128, 64, 64, 8, 3)
+_GATED = Tiling(64, 64, 64, 4, 4)
 _HEAD = Tiling(16, 0, 64, 4, 3)  # all columns
 _HEAD_SHARE, _HEAD_SHARES = 192, 8  # least width of a share; most shares
 
@@ -112,10 +126,10 @@ def _embed_kernel(id_ptr, table_ptr, norm_ptr, hidden_ptr, scaled_ptr, sum_ptr, 
 def embed(ids: torch.Tensor, table: torch.Tensor, norm: torch.Tensor, stream: Stream) -> None:
     """Fill the stream with the rows ``ids [N]`` of ``table [V, H]``."""
     tokens, width = stream.hidden.shape
-    _embed_kernel[(tokens,)](
+    carved(_embed_kernel[(tokens,)](
         ids, table, norm, *stream, width, tokens, BK=triton.next_power_of_2(width), PARTS=len(stream.sums),
         EARLY=launches_early(table.device), num_warps=4, **launch_options(table.device),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @triton.jit
@@ -207,13 +221,13 @@ def _multiply(
     columns = out.shape[1]
     parts = 0 if sums is None else len(sums)
     line = 128 // x.element_size()
-    _product_kernel[(triton.cdiv(columns, cut.columns), triton.cdiv(tokens, cut.rows))](
+    carved(_product_kernel[(triton.cdiv(columns, cut.columns), triton.cdiv(tokens, cut.rows))](
         x, sums, weight, bias, out, scaled, norm, new_sums, tokens, eps,
         N=columns, K=depth, LINES=triton.next_power_of_2(triton.cdiv(depth, line)), LINE=line,
         PARTS=parts, BP=triton.next_power_of_2(max(1, parts)), KIND=kind, BIAS=bias is not None,
         BM=cut.rows, BN=cut.columns, BK=cut.depth, EVEN_M=tokens % cut.rows == 0, EARLY=launches_early(x.device),
         num_warps=cut.warps, num_stages=cut.stages, **launch_options(x.device),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def product(
@@ -272,10 +286,10 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Ten
     """``hidden += delta`` in place, and its RMSNorm: ``[N, H] -> [N, H]``."""
     out = torch.empty_like(hidden)
     tokens, width = hidden.shape
-    _add_norm_kernel[(tokens,)](
+    carved(_add_norm_kernel[(tokens,)](
         hidden, delta, weight, out, width, eps, ADD=delta is not None, BK=triton.next_power_of_2(width),
         EARLY=launches_early(hidden.device), num_warps=4, **launch_options(hidden.device),
-    )  # fmt: skip
+    ))  # fmt: skip
     return out
 
 
@@ -298,8 +312,10 @@ def silu_product(both: torch.Tensor) -> torch.Tensor:
     tokens, inner = both.shape[0], both.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=both.dtype, device=both.device)
     bn = min(2048, triton.next_power_of_2(inner))
-    _silu_kernel[(triton.cdiv(inner, bn), tokens)](
-        both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
+    carved(
+        _silu_kernel[(triton.cdiv(inner, bn), tokens)](
+            both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
+        )
     )
     return out
 
@@ -362,12 +378,12 @@ def head_numbers(
     share = max(_HEAD_SHARE, triton.cdiv(triton.cdiv(width, _HEAD_SHARES), depth) * depth)
     shares, columns = triton.cdiv(width, share), max(16, triton.next_power_of_2(count))
     parts = torch.empty(shares, tokens, columns, dtype=torch.float32, device=first.device)
-    _head_kernel[(triton.cdiv(tokens, cut.rows), shares)](
+    carved(_head_kernel[(triton.cdiv(tokens, cut.rows), shares)](
         first, first_bias, weight, parts, tokens, WIDTH=width, COUNT=count, PARTS=first.shape[1] // width,
         SHARE=share, BM=cut.rows, BK=depth, BC=columns, EARLY=early, num_warps=cut.warps, num_stages=cut.stages,
         **launch_options(first.device),
-    )  # fmt: skip
-    _head_end_kernel[(triton.cdiv(tokens, 4),)](
+    ))  # fmt: skip
+    carved(_head_end_kernel[(triton.cdiv(tokens, 4),)](
         parts, bias, out, tokens, COUNT=count, SHARES=shares, BM=4, BC=columns, EARLY=early, num_warps=4,
         **launch_options(first.device),
-    )  # fmt: skip
+    ))  # fmt: skip
