@@ -52,6 +52,25 @@ def _update(q_1, q_2, keys_1, keys_2, values, mask, peak, total, acc, scale):
 
 
 @triton.jit
+def _tile(k_ptr, v_ptr, table_ptr, index, end, columns, stride_pb, D: tl.constexpr, SIZE: tl.constexpr,
+          TILE: tl.constexpr):  # fmt: skip
+    """Keys ``[D / 2, TILE]`` twice and values ``[TILE, D]`` of tile ``index`` of the prefix, zeros from ``end`` on. A
+    tile is whole blocks: what a block holds past the prefix, and block 0 past the table's end, is stale but finite, and
+    its weight is 0."""
+    h = tl.arange(0, D // 2)
+    d = tl.arange(0, D)
+    place = tl.arange(0, TILE)
+    real = place * 0 + index < end
+    column = index * (TILE // SIZE) + place // SIZE
+    block = tl.load(table_ptr + column, mask=real & (column < columns), other=0)
+    base = block.to(tl.int64) * stride_pb + place % SIZE * D
+    keys_1 = tl.load(k_ptr + base[None, :] + h[:, None], mask=real[None, :], other=0.0)
+    keys_2 = tl.load(k_ptr + base[None, :] + D // 2 + h[:, None], mask=real[None, :], other=0.0)
+    values = tl.load(v_ptr + base[:, None] + d[None, :], mask=real[:, None], other=0.0)
+    return keys_1, keys_2, values
+
+
+@triton.jit
 def _together(part_ptr, stat_ptr, here, real, parts, BM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
     """The shares' sums over one peak. Unrolled, so that all loads are under way together."""
     d = tl.arange(0, D)
@@ -99,16 +118,21 @@ def _step_kernel(  # noqa: PLR0915
         own_table = table_ptr + row * stride_table
         first, end = part * share, tl.minimum(part * share + share, tiles)
         if EARLY:
-            # The prefix is there already: it comes into the cache while the products before this are made. Eight blocks
-            # at once: each look into the table is waited for.
-            line = tl.arange(0, SIZE * D // LINE) * LINE
-            past = tl.minimum(end * (TILE // SIZE), stride_table)
-            for start in range(first * (TILE // SIZE), tl.minimum(past, (first + 8) * (TILE // SIZE)), 8):
-                column = start + tl.arange(0, 8)
-                block = tl.load(own_table + column, mask=column < past, other=0)
-                base = block.to(tl.int64)[:, None] * stride_pb + head * stride_ph + line[None, :]
+            # The prefix is there already: it comes into the cache while the products before this are made.
+            line = tl.arange(0, TILE * D // LINE) * LINE
+            for index in range(first, tl.minimum(end, first + 8)):
+                column = index * (TILE // SIZE) + line // D // SIZE
+                block = tl.load(own_table + column, mask=column < stride_table, other=0)
+                base = block.to(tl.int64) * stride_pb + head * stride_ph + line % (SIZE * D)
                 fetch(pool_k_ptr + base)
                 fetch(pool_v_ptr + base)
+        cos, sin = 1.0, 0.0
+        if ROTATE:
+            angle = length * (D // 2) + h
+            cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
+        own_k, own_v = pool_k_ptr + head * stride_ph, pool_v_ptr + head * stride_ph
+        keys_1, keys_2, values = _tile(own_k, own_v, own_table, first, end, stride_table, stride_pb, D, SIZE, TILE)
+        if EARLY:
             gdc_wait()
             gdc_launch_dependents()
         if WIDTH > 0:
@@ -119,10 +143,6 @@ def _step_kernel(  # noqa: PLR0915
         token = start + m // G
         real = (m // G < count)[:, None]
         q_head = head * G + m % G
-        cos, sin = 1.0, 0.0
-        if ROTATE:
-            angle = length * (D // 2) + h
-            cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
         q_at = q_ptr + q_head[:, None] * stride_qh + token[:, None] * stride_qn
         q_1, q_2 = _halves(q_at, q_norm_ptr, cos, sin, real, eps, D, ROTATE, NORM)
         peak = tl.full([BM], float("-inf"), tl.float32)
@@ -145,17 +165,14 @@ def _step_kernel(  # noqa: PLR0915
                 tl.store(kept_v_ptr + kept + d[None, :], v_own, mask=theirs)
             itself = (m // G)[:, None] == c[None, :]
             peak, total, acc = _update(q_1, q_2, tl.trans(k_1), tl.trans(k_2), v_own, itself, peak, total, acc, scale)
-        for index in range(first, end):
-            # A tile is whole blocks: loads without a mask. What a block holds past the prefix, and block 0 past the
-            # table's end, is stale but finite, and its weight is 0.
-            column = index * (TILE // SIZE) + place // SIZE
-            block = tl.load(own_table + column, mask=column < stride_table, other=0)
-            base = block.to(tl.int64) * stride_pb + head * stride_ph + place % SIZE * D
-            keys_1 = tl.load(pool_k_ptr + base[None, :] + h[:, None])
-            keys_2 = tl.load(pool_k_ptr + base[None, :] + D // 2 + h[:, None])
-            values = tl.load(pool_v_ptr + base[:, None] + d[None, :])
+        # Each tile is on its way while the one before is worked on: the pipeliner would wait for it first.
+        for index in tl.range(first, end, num_stages=1):
+            next_1, next_2, next_values = _tile(
+                own_k, own_v, own_table, index + 1, end, stride_table, stride_pb, D, SIZE, TILE
+            )
             inside = (place < length - index * TILE)[None, :]
             peak, total, acc = _update(q_1, q_2, keys_1, keys_2, values, inside, peak, total, acc, scale)
+            keys_1, keys_2, values = next_1, next_2, next_values
         done = parts == 1
         if SPLITS > 1:
             if parts > 1:
@@ -351,12 +368,12 @@ def rotate_and_store(
     pool. ``cos``/``sin [context, D / 2]`` float32."""
     tokens, total, dim = qkv.shape
     kv_heads = (total - heads) // 2
-    carved(_rotate_kernel[(tokens,)](
+    _rotate_kernel[(tokens,)](
         qkv, positions, blocks, offsets, cos, sin, *norms, pool_keys, pool_values, eps,
         pool_keys.stride(0), pool_keys.stride(1),
         HEADS=heads, KV=kv_heads, BH=triton.next_power_of_2(heads), BV=triton.next_power_of_2(kv_heads), D=dim,
         NORM=norms[0] is not None, EARLY=launches_early(qkv.device), num_warps=2, **launch_options(qkv.device),
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 @triton.jit
@@ -423,7 +440,7 @@ def promote_tokens(sources: torch.Tensor, pool_keys: torch.Tensor, pool_values: 
     to the next (0: nothing to copy), block, offset in the block. In a layer they are ``[kv_heads, D]``, contiguous.
     """
     layers, _, heads, _, dim = pool_keys.shape
-    carved(_promote_kernel[(len(sources), layers)](
+    _promote_kernel[(len(sources), layers)](
         sources, pool_keys, pool_values, pool_keys.stride(0), pool_keys.stride(1), pool_keys.stride(2),
         HEADS=heads, BH=triton.next_power_of_2(heads), D=dim, num_warps=4,
-    ))  # fmt: skip
+    )  # fmt: skip

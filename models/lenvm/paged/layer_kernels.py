@@ -44,7 +44,8 @@ _carved: set[int] = set()
 
 def carved(kernel: Any) -> None:
     """Give a kernel that was launched all shared memory that there is. Kernels that want different cuts of a
-    processor's memory cannot be on it together, so that launching one early would be of no use."""
+    processor's memory cannot be on it together, and launching one early is of no use then. For chains of our own
+    kernels: between the library's, which launch nothing early, more of the first-level cache is better."""
     function = getattr(kernel, "function", None)  # none in Triton's interpreter
     if function is not None and function not in _carved:
         _carved.add(function)
@@ -88,7 +89,7 @@ class Tiling(NamedTuple):
 _MANY = 256
 _PLAIN = _ONTO = Tiling(64, 64, 64, 4, 4)
 _ONTO_DEEP = Tiling(64, 64, 64, 4, 6)  # where more columns come in than go out
-_GATED = Tiling(64, 64, 64, 4, 4)
+_GATED = Tiling(64, 64, 64, 4, 3)
 _HEAD = Tiling(16, 0, 64, 4, 3)  # all columns
 _HEAD_SHARE, _HEAD_SHARES = 192, 8  # least width of a share; most shares
 
@@ -286,10 +287,10 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Ten
     """``hidden += delta`` in place, and its RMSNorm: ``[N, H] -> [N, H]``."""
     out = torch.empty_like(hidden)
     tokens, width = hidden.shape
-    carved(_add_norm_kernel[(tokens,)](
+    _add_norm_kernel[(tokens,)](
         hidden, delta, weight, out, width, eps, ADD=delta is not None, BK=triton.next_power_of_2(width),
         EARLY=launches_early(hidden.device), num_warps=4, **launch_options(hidden.device),
-    ))  # fmt: skip
+    )  # fmt: skip
     return out
 
 
@@ -312,10 +313,8 @@ def silu_product(both: torch.Tensor) -> torch.Tensor:
     tokens, inner = both.shape[0], both.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=both.dtype, device=both.device)
     bn = min(2048, triton.next_power_of_2(inner))
-    carved(
-        _silu_kernel[(triton.cdiv(inner, bn), tokens)](
-            both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
-        )
+    _silu_kernel[(triton.cdiv(inner, bn), tokens)](
+        both, out, inner, BN=bn, EARLY=launches_early(both.device), num_warps=4, **launch_options(both.device)
     )
     return out
 
@@ -378,12 +377,12 @@ def head_numbers(
     share = max(_HEAD_SHARE, triton.cdiv(triton.cdiv(width, _HEAD_SHARES), depth) * depth)
     shares, columns = triton.cdiv(width, share), max(16, triton.next_power_of_2(count))
     parts = torch.empty(shares, tokens, columns, dtype=torch.float32, device=first.device)
-    carved(_head_kernel[(triton.cdiv(tokens, cut.rows), shares)](
+    _head_kernel[(triton.cdiv(tokens, cut.rows), shares)](
         first, first_bias, weight, parts, tokens, WIDTH=width, COUNT=count, PARTS=first.shape[1] // width,
         SHARE=share, BM=cut.rows, BK=depth, BC=columns, EARLY=early, num_warps=cut.warps, num_stages=cut.stages,
         **launch_options(first.device),
-    ))  # fmt: skip
-    carved(_head_end_kernel[(triton.cdiv(tokens, 4),)](
+    )  # fmt: skip
+    _head_end_kernel[(triton.cdiv(tokens, 4),)](
         parts, bias, out, tokens, COUNT=count, SHARES=shares, BM=4, BC=columns, EARLY=early, num_warps=4,
         **launch_options(first.device),
-    ))  # fmt: skip
+    )  # fmt: skip
