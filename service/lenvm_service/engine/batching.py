@@ -323,11 +323,12 @@ class Batcher:
             ticket = entry.ticket
             if ticket.gone:
                 continue
-            # What would be late is not begun, but for one that is alone: how long it takes is an estimate.
-            needed = self.backlog.seconds(tokens + cost.tokens) if batch or self._queue else 0.0
-            if ticket.deadline is not None and ticket.deadline <= now + needed:
-                ticket.end(DeadlineExceededError("the deadline passed while the request waited: give it more time"))
-                continue
+            if ticket.deadline is not None:
+                # What would be late is not begun, but for one that is alone: how long it takes is an estimate.
+                needed = self.backlog.seconds(tokens + cost.tokens) if batch or self._queue else 0.0
+                if ticket.deadline <= now + needed:
+                    ticket.end(DeadlineExceededError("the deadline passed while the request waited: give it more time"))
+                    continue
             batch.append(entry)
             tokens, cells = tokens + cost.tokens, cells + cost.cells
         self._lone = len({id(entry.ticket) for entry in batch}) <= 1 and not self._queue
