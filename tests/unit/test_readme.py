@@ -115,17 +115,23 @@ def test_figures_of_the_http_path() -> None:
     http = report("engine")["http"]
     served = {run["api_workers"]: run for run in http["served"]}
     (many,), (one,) = served[8]["rates"], served[1]["rates"]
-    for row, run in ((many, served[8]), (served[8]["texts"], None)):
-        cells = [f"{row['answered_per_s']:,.0f}/s", f"{row['p50_ms']:.1f} ms", f"{row['p99_ms']:.1f} ms"]
+    for row, run in ((many, served[8]), (served[8]["texts"], None), (one, served[1])):
+        cells = [f"{row['answered_per_s']:,.0f}/s", f"{row['p50_ms']:,.1f} ms", f"{row['p99_ms']:,.1f} ms"]
         cells.append("" if run is None else f"{run['step']['added_ms']:.1f} ms")
         assert "| ".join(f"{cell} " if cell else cell for cell in cells) + "|" in text, cells
-    assert (
-        f"| one process | {one['answered_per_s']:,.0f}/s, the rest 429 | | | {served[1]['step']['added_ms']:.1f} ms |"
-        in text
-    )
     engine = http["engine_only"]
     assert f"answers {engine['engine_requests_per_s']:,.0f} a second;" in text
     assert f"the model alone {engine['scorer_requests_per_s']:,.0f}." in text
+
+
+def test_figures_of_a_step() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").replace("\n", " ")
+    step = report("engine")["step"]
+    small, large = step["135m"], step["1.5b"]
+    assert f"**{small['ms']:.2f} ms** for the shipped 135M model, {small['floor_ratio']:.1f} times the floor" in text
+    assert f"**{large['ms']:.2f} ms** for a model of Qwen2.5-1.5B's shape, {large['floor_ratio']:.1f} times its" in text
+    shortest, longest = (small["by_prefix"][prefix]["ms"] for prefix in ("128", "7936"))
+    assert f"takes {longest / shortest:.1f} times as long" in text
 
 
 def test_figures_of_guidance_and_layers() -> None:
