@@ -9,7 +9,7 @@ work; ``bare`` is uvicorn with the smallest application that reads a body.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from lenvm.backbones import load_eos_ids, load_tokenizer, resolve_backbone  # noqa: E402
 from lenvm.config import LenVMConfig, find_checkpoint  # noqa: E402
-from lenvm.scoring.protocol import Meanwhile, RowScore, ScoreRow, ScorerStats  # noqa: E402
+from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats  # noqa: E402
 from lenvm_service.engine.engine import Engine  # noqa: E402
 from lenvm_service.engine.jobs import Job, Reply  # noqa: E402
 from lenvm_service.engine.loading import EngineOptions, Loaded, _core  # noqa: E402
@@ -51,16 +51,16 @@ class InstantScorer:
         assert self.bins is not None
         self._bins = np.full(self.bins.size, -np.log(self.bins.size))
 
-    def score(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None = None) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Zeros."""
+        if meanwhile is not None:
+            meanwhile()
         found = []
         for row in rows:
             length, count = (row.state.length if row.state else 0) + len(row.append), len(row.candidates)
             bins = np.broadcast_to(self._bins, (count, len(self._bins)))
             state = _State(length, self._bins)
             found.append(RowScore(state, np.zeros(1), self._bins[None], np.zeros(count), bins, 0))
-        if meanwhile is not None:
-            meanwhile(found)
         return found
 
     def token_values(self, prompt: Sequence[int], completion: Sequence[int]) -> RowScore:

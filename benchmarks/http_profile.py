@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from _load import ROOT
 from http_path import GENERATOR, Bodies, offered
 
 from lenvm.backbones import load_tokenizer, resolve_backbone
-from lenvm.scoring import Meanwhile, RowScore, ScoreRow
+from lenvm.scoring import RowScore, ScoreRow
 from lenvm_client import CandidateScorer, Client, GuidedDecoder, GuidedRow
 from lenvm_service.engine import EngineOptions
 from lenvm_service.local import JobScorer
@@ -130,13 +130,12 @@ def guided_step(options: argparse.Namespace) -> dict[str, Any]:
     engine._load()
     eos_id, instant, hidden = engine.eos_ids[0], engine.core.scorer.score, []
 
-    def score(rows: Sequence[ScoreRow], meanwhile: Meanwhile | None = None) -> list[RowScore]:
-        answers = instant(rows)
+    def score(rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         since = time.perf_counter()
         if meanwhile is not None:
-            meanwhile(answers)
+            meanwhile()
         hidden.append(1e3 * (time.perf_counter() - since))
-        return answers
+        return instant(rows)
 
     engine.core.scorer.score = score  # type: ignore[method-assign]
     local = JobScorer(lambda jobs: engine.core.run(jobs))

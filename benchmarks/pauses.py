@@ -18,7 +18,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from _engine import load, merge
 from _instant import InstantEngine
 
 from lenvm.config import LenVMConfig
-from lenvm.scoring import Meanwhile, RowScore, ScoreRow, TorchScorer
+from lenvm.scoring import RowScore, ScoreRow, TorchScorer
 from lenvm.scoring.torch_scorer import TorchState, _Held
 from lenvm_service import garbage
 from lenvm_service.engine import EngineOptions, PredictJob, Prefix
@@ -40,11 +40,11 @@ WAYS = ("python's count", "rows")
 class SleepingScorer(TorchScorer):
     """Real states in a real pool; the numbers are made up, and the model's time is slept."""
 
-    def score(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None = None) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Whole prompts."""
         due = time.perf_counter() + 0.003 + 0.00009 * len(rows)
         if meanwhile is not None:
-            meanwhile(None)
+            meanwhile()
         pool, width = self.pool, self.bins.size if self.bins else 0
         held = [_Held(pool, pool.fork([], 0, len(row.append))) for row in rows]
         time.sleep(max(0.0, due - time.perf_counter()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import email.utils
+import functools
 import json
 import math
 import re
@@ -229,7 +230,7 @@ def _row(item: Input, kind: type[PredictInput] | type[CompletionInput]) -> dict[
 def _plain(value: Any) -> Any:
     """Typed inputs as mappings without the fields that were not given, at any depth of lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        given = {name: field for name, field in vars(value).items() if field is not None}
+        given = {name: field for name in _names(type(value)) if (field := getattr(value, name)) is not None}
         if "session" not in given:
             given.pop("append", None)
         if not len(given.get("eos_ids", ())):
@@ -240,6 +241,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+@functools.cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def _dump(body: Any) -> bytes:

@@ -38,6 +38,7 @@ from lenvm_client import (
     UnauthorizedError,
     WeightedRow,
 )
+from lenvm_client._state import objective_key
 from lenvm_client.guided import uniform
 from tests.unit.client_fakes import FakeScorer
 
@@ -813,3 +814,13 @@ def test_over_the_wire() -> None:
     assert all("token_ids" not in item and item["session"].startswith("s-mock-") for item in second)
     assert second[1]["objective"] == {"kind": "tilt", "lambda": 0.0}
     assert first[0]["eos_ids"] == [EOS]
+
+
+def test_the_key_of_an_objective_is_that_of_what_it_says() -> None:
+    wanted = {"kind": "equal_to", "target": 1}
+    assert objective_key(wanted) == objective_key(dict(wanted)) == objective_key({"target": 1, "kind": "equal_to"})
+    others = [None, {}, {**wanted, "target": True}, {**wanted, "target": 1.0}, {**wanted, "extra": [1]}]
+    keys = {objective_key(other) for other in others}
+    assert len(keys) == len(others)
+    assert objective_key(wanted) not in keys
+    assert objective_key({"kind": [1]}) != objective_key({"kind": [2]})  # nothing that can be hashed

@@ -293,7 +293,7 @@ def ask(prompts, **more):
 
 prompts = [[5 + (i * 7 + j) % 90 for j in range(n)] for i, n in enumerate((3, 33, 31, 1, 64))]
 called = []
-first = ask(prompts, meanwhile=lambda _: called.append(len(pool._free)))
+first = ask(prompts, meanwhile=lambda: called.append(len(pool._free)))
 assert len(called) == 2 and list(graphs._graphs) == [(192, 8, 128)]
 # Fewer tokens by the same graph, then another bucket: what pads them is written nowhere.
 second = ask([p[::-1] for p in prompts[:4]])

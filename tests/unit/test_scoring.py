@@ -235,7 +235,7 @@ def test_a_gpu_that_records_no_graph_is_served_without(
     scorer._steps = Refusing()  # type: ignore[assignment]
     calls: list[int] = []
     with caplog.at_level("WARNING"):
-        (answer,) = scorer.score([ScoreRow(state, (), [9, 10])], lambda _: calls.append(1))
+        (answer,) = scorer.score([ScoreRow(state, (), [9, 10])], lambda: calls.append(1))
     assert scorer._steps is None
     assert calls == [1]
     assert "not here" in caplog.text
@@ -266,12 +266,12 @@ def test_what_is_done_meanwhile_is_done_once_and_before_the_numbers_are_there(sc
 
     (state,) = scorer.open([ids(6)])
     scorer._steps = Steps()  # type: ignore[assignment]
-    (answer,) = scorer.score([ScoreRow(state, (), [9, 10])], lambda _: events.append("meanwhile"))
+    (answer,) = scorer.score([ScoreRow(state, (), [9, 10])], lambda: events.append("meanwhile"))
     assert events == ["launch", "meanwhile", "wait"]
     assert list(answer.candidate_logits) == [0.5, 0.5]
     with pytest.raises(ZeroDivisionError):
-        scorer.score([ScoreRow(state, (), [9, 10])], lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+        scorer.score([ScoreRow(state, (), [9, 10])], lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     assert events == ["launch", "meanwhile", "wait", "launch", "wait"]  # no step may begin before the last has ended
     scorer._steps = None
-    scorer.score([ScoreRow(append=ids(5))], lambda _: events.append("meanwhile"))
+    scorer.score([ScoreRow(append=ids(5))], lambda: events.append("meanwhile"))
     assert events[5:] == ["meanwhile"]

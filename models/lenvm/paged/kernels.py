@@ -14,7 +14,7 @@ from lenvm.paged.layer_kernels import carved, fetch, launch_options, launches_ea
 
 __all__ = ["Rotation", "StepScratch", "promote_tokens", "rotate_and_store", "step_attention", "store_tokens"]
 
-_WARPS, _STAGES, _TILE = 4, 2, 64
+_WARPS, _TILE = 4, 64
 _LEAST = 4  # tiles of a share: of less, putting shares together takes longer than it saves
 _MOST_SPLITS, _MOST_QUERIES = 8, 64
 _PROGRAMS_TIMES_DIM, _PROGRAMS = 192, 1.5  # on each processor: of long prefixes, of short ones
@@ -130,6 +130,7 @@ def _step_kernel(  # noqa: PLR0915
         if ROTATE:
             angle = length * (D // 2) + h
             cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
+        # Read before the wait, and not only fetched: see the rule at the top of ``layer_kernels``.
         own_k, own_v = pool_k_ptr + head * stride_ph, pool_v_ptr + head * stride_ph
         keys_1, keys_2, values = _tile(own_k, own_v, own_table, first, end, stride_table, stride_pb, D, SIZE, TILE)
         if EARLY:
@@ -166,7 +167,7 @@ def _step_kernel(  # noqa: PLR0915
             itself = (m // G)[:, None] == c[None, :]
             peak, total, acc = _update(q_1, q_2, tl.trans(k_1), tl.trans(k_2), v_own, itself, peak, total, acc, scale)
         # Each tile is on its way while the one before is worked on: the pipeliner would wait for it first.
-        for index in tl.range(first, end, num_stages=1):
+        for index in range(first, end):
             next_1, next_2, next_values = _tile(
                 own_k, own_v, own_table, index + 1, end, stride_table, stride_pb, D, SIZE, TILE
             )
@@ -199,7 +200,8 @@ def _step_kernel(  # noqa: PLR0915
 
 @dataclass(frozen=True)
 class StepScratch:
-    """What the shares of a prefix are put together in; one for all layers of a forward, one after another.
+    """What the shares of a prefix are put together in; one for all layers of a forward, one after another, and for
+    forwards that follow each other.
 
     ``parts [programs x splits x BM, D]`` of the queries' precision, ``stats [programs x splits x BM, 2]`` float32,
     ``counts [programs]`` int32, 0 between layers. Programs: rows x tiles of queries x key heads.
@@ -282,7 +284,7 @@ def step_attention(
         pool_keys, pool_values: ``[blocks, kv_heads, size, D]``.
         tables, prefix_lens: ``[B, blocks]``, ``[B]``.
         starts: row b owns tokens ``starts[b] .. starts[b + 1]``, at most ``width``; None: exactly ``width`` each.
-        scratch: shared by the layers of one forward.
+        scratch: shared by layers and forwards that follow one another.
 
     Returns:
         ``[N, heads, D]``.
@@ -308,7 +310,7 @@ def step_attention(
         G=heads // kv_heads, D=dim, SIZE=size, TILE=max(_TILE, size), BM=block, TILES_M=tiles, SPLITS=scratch.splits,
         LEAST=_LEAST, WIDTH=0 if starts is not None else width, OWN=max(16, triton.next_power_of_2(width)),
         ROTATE=rotation is not None, NORM=q_norm is not None, LINE=min(dim, 128 // query.element_size()), EARLY=early,
-        num_warps=_WARPS, num_stages=_STAGES,
+        num_warps=_WARPS, num_stages=1,
         **(launch_options(query.device) if early else {}),
     ))  # fmt: skip
     return out

@@ -7,7 +7,9 @@ columns); who multiplies divides its result by the row's root mean square.
 
 Each kernel may be launched before the one in front of it is done (programmatic dependent launch, on Hopper and later).
 It waits for that one before it reads or writes what any kernel makes, and only then lets the next one come: so that
-what is there two kernels earlier, and all weights and prefixes, may be fetched into the cache while it waits.
+what is there two kernels earlier, and all weights and prefixes, may be fetched into the cache while it waits. Attention
+reads the pool, its tables and lengths before it waits: what writes them (``promote_tokens``, the copy from the host)
+launches nothing early, and at least two kernels stand between it and the first attention.
 """
 
 from __future__ import annotations
@@ -42,14 +44,24 @@ _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _carved: set[int] = set()
 
 
+@functools.cache
+def _driver() -> Any | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
 def carved(kernel: Any) -> None:
-    """Give a kernel that was launched all shared memory that there is. Kernels that want different cuts of a
-    processor's memory cannot be on it together, and launching one early is of no use then. For chains of our own
-    kernels: between the library's, which launch nothing early, more of the first-level cache is better."""
+    """Ask for all shared memory that there is for a kernel that was launched: kernels that want different cuts of a
+    processor's memory cannot be on it together, and launching one early is of no use then. A hint, and no more, where
+    the driver cannot be asked or refuses. Not for what only passes numbers on (norms, activations): between the
+    library's products, which launch nothing early, cache is worth more to these."""
     function = getattr(kernel, "function", None)  # none in Triton's interpreter
     if function is not None and function not in _carved:
         _carved.add(function)
-        ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), _CARVEOUT, 100)
+        if (driver := _driver()) is not None:
+            driver.cuFuncSetAttribute(ctypes.c_void_p(function), _CARVEOUT, 100)
 
 
 @triton.jit
@@ -85,7 +97,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# For a few hundred tokens, as a step of guided decoding has: the fastest whole step on an H100 (135M, 512 tokens).
+# For a few hundred tokens, as a step of guided decoding has: the fastest whole step on Hopper (135M, 512 tokens).
 _MANY = 256
 _PLAIN = _ONTO = Tiling(64, 64, 64, 4, 4)
 _ONTO_DEEP = Tiling(64, 64, 64, 4, 6)  # where more columns come in than go out
@@ -324,7 +336,8 @@ def _head_kernel(
     x_ptr, first_bias_ptr, w_ptr, part_ptr, M, WIDTH: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
     SHARE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program per (tile of tokens, share of the width): one alone would take as long as two layers."""
+    """One program per (tile of tokens, share of the width): by tiles of tokens alone most processors have nothing to
+    do."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()

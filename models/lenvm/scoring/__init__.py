@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lenvm.scoring.blocks import BlockLayout, StateBlock
-from lenvm.scoring.protocol import Meanwhile, PoolCounts, PrefixState, RowScore, Scorer, ScoreRow, ScorerStats
+from lenvm.scoring.protocol import PoolCounts, PrefixState, RowScore, Scorer, ScoreRow, ScorerStats
 
 if TYPE_CHECKING:
     from lenvm.scoring.onnx_model import OnnxModel
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockLayout",
-    "Meanwhile",
     "OnnxModel",
     "OnnxScorer",
     "PoolCounts",

@@ -16,7 +16,7 @@ from lenvm.scoring._rows import check_row
 from lenvm.scoring.blocks import BlockLayout, StateBlock
 from lenvm.scoring.onnx_model import KeyValueStore, OnnxModel
 from lenvm.scoring.packing import Piece, pack
-from lenvm.scoring.protocol import Meanwhile, PrefixState, RowScore, ScoreRow, ScorerStats
+from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
 from lenvm.scoring.token_pool import Slots, TokenPool
 
 __all__ = ["OnnxScorer", "OnnxState"]
@@ -169,7 +169,7 @@ class OnnxScorer:
             raise StateClosedError("the prefix state was closed: open the prefix again")
         check_row(row, context=self.context, vocab_size=self.vocab_size)
 
-    def score(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None = None) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Answer all rows, aligned; see :class:`lenvm.scoring.Scorer`.
 
         Raises:
@@ -181,7 +181,7 @@ class OnnxScorer:
         for row in rows:
             self.check(row)
         if meanwhile is not None:
-            meanwhile(None)
+            meanwhile()
         works: list[_Work] = []
         try:
             for row in rows:

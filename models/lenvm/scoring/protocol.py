@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lenvm.distribution import LengthBins
 from lenvm.scoring.blocks import BlockLayout, StateBlock
 
-__all__ = ["Meanwhile", "PoolCounts", "PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats"]
+__all__ = ["PoolCounts", "PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats"]
 
 
 @runtime_checkable
@@ -69,10 +69,6 @@ class ScorerStats:
     promoted: int = 0
 
 
-Meanwhile: TypeAlias = Callable[["Sequence[RowScore] | None"], None]
-"""Takes the answers, where all of them is there but the numbers of candidates, which come later; else None."""
-
-
 class PoolCounts(Protocol):
     """How full an engine's pool of prefix states is, in blocks of ``block_size`` tokens."""
 
@@ -113,7 +109,7 @@ class Scorer(Protocol):
     def vocab_size(self) -> int:
         """Ids are in ``[0, vocab_size)``."""
 
-    def score(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None = None) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Answer all rows, aligned, in one forward where they fit the token budget. ``meanwhile`` is called once, as
         late as there still is something to wait for: on a GPU, what it does costs no time."""
 

@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from lenvm.cuda_graph import captured
 from lenvm.modeling import LengthValueModel
 from lenvm.paged import BlockPool
 from lenvm.scoring.step_layers import SHORT, StepHead, StepLayers
+
+if TYPE_CHECKING:
+    from lenvm.paged.kernels import StepScratch
 
 __all__ = ["StepGraphs", "StepNumbers"]
 
@@ -113,6 +117,7 @@ class _StepGraph:
         self.kept = torch.zeros(
             2, shape.layers, rows * width, shape.kv_heads, shape.head_dim, dtype=pool.dtype, device=device
         )
+        self.scratch: StepScratch | None = None
         numbers = steps.model.head.output.out_features
         self.numbers = torch.zeros(rows * width, numbers, dtype=torch.float64, device=device)
         self.step = captured(self._step) if on_gpu else self._step
@@ -123,8 +128,10 @@ class _StepGraph:
 
         self.inputs.copy_(self.sent, non_blocking=True)
         promote_tokens(self.promotions, *self.pool.stacked)
-        layers, kept = self.steps.layers, self.kept
-        hidden = layers(self.ids.view(-1), self.lengths, self.tables, self.pool, kept, long=self.long)
+        layers, kept, long = self.steps.layers, self.kept, self.long
+        if self.scratch is None:  # at the first warm-up
+            self.scratch = layers.scratch(self.rows, self.width, self.pool, long=long)
+        hidden = layers(self.ids.view(-1), self.lengths, self.tables, self.pool, kept, long=long, scratch=self.scratch)
         self.steps.head(hidden, self.numbers)
 
     def launch(

@@ -41,8 +41,6 @@ class StepLayers:
         cos, sin = decoder.rotary_emb(like, position_ids=places)
         half = fused.spec.head_dim // 2
         self.cos, self.sin = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
-        # Kept between steps: its counts are left as they must be found.
-        self._scratch: dict[tuple[int, int, bool], StepScratch] = {}
 
     @staticmethod
     def suits(decoder: Any, fused: FusedWeights | None) -> bool:
@@ -63,18 +61,18 @@ class StepLayers:
         kept: torch.Tensor,
         *,
         long: bool = True,
+        scratch: StepScratch | None = None,
     ) -> torch.Tensor:
         """``ids [rows x width]`` after prefixes of ``lengths [rows]`` tokens in blocks ``tables [rows, blocks]`` ->
         ``[rows x width, hidden]``. Fills ``kept [2, layers, rows x width, kv_heads, head_dim]`` with the candidates'
-        keys and values. ``long``: some prefix is longer than ``SHORT``."""
-        from lenvm.paged.kernels import Rotation, StepScratch, step_attention
+        keys and values. ``long``: some prefix is longer than ``SHORT``. ``scratch``: of a caller that keeps one
+        (:meth:`scratch`); no two calls that may run at the same time have the same."""
+        from lenvm.paged.kernels import Rotation, step_attention
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
         heads, kv_heads, dim, width = spec.heads, spec.kv_heads, spec.head_dim, tokens // rows
-        scratch = self._scratch.get((rows, width, long))
         if scratch is None:
-            scratch = StepScratch.make(rows, heads, kv_heads, width, pool.keys[0], long=long)
-            self._scratch[rows, width, long] = scratch
+            scratch = self.scratch(rows, width, pool, long=long)
 
         def attend(layer: int, w: Weights, qkv: torch.Tensor) -> torch.Tensor:
             query, keys, values = qkv.view(tokens, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
@@ -87,6 +85,13 @@ class StepLayers:
         gate_up = self.fused.stacks["gate_up"]
         small = tokens * gate_up.shape[1] * gate_up.shape[2] <= _SMALL
         return self._small(ids, attend) if small else self._large(ids, attend)
+
+    def scratch(self, rows: int, width: int, pool: BlockPool, *, long: bool) -> StepScratch:
+        """What the shares of prefixes are put together in. Kept between steps it need not be zeroed for each."""
+        from lenvm.paged.kernels import StepScratch
+
+        spec = self.fused.spec
+        return StepScratch.make(rows, spec.heads, spec.kv_heads, width, pool.keys[0], long=long)
 
     def _small(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
         """By our own products: five kernels a layer."""

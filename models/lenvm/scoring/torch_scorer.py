@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,7 @@ from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward
 from lenvm.paged.attention import Plan, suits_fresh_attention
 from lenvm.scoring._rows import check_row
 from lenvm.scoring.blocks import BlockLayout, StateBlock
-from lenvm.scoring.protocol import Meanwhile, PrefixState, RowScore, ScoreRow, ScorerStats
+from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
 
 if TYPE_CHECKING:
     from lenvm.decoding.step_decoder import StepDecoder
@@ -309,7 +309,7 @@ class TorchScorer:
         return score
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None = None) -> list[RowScore]:
+    def score(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
         """Answer all rows, aligned; see :class:`lenvm.scoring.Scorer`.
 
         Raises:
@@ -330,7 +330,7 @@ class TorchScorer:
             # One row that goes on from a prefix must not keep whole prompts from their graph.
             if rest and (first := self._prompted([rows[at] for at in whole], None)) is not None:
                 try:
-                    second = self.score([rows[at] for at in rest], meanwhile and (lambda _: meanwhile(None)))
+                    second = self.score([rows[at] for at in rest], meanwhile)
                 except BaseException:
                     for answer in first:
                         answer.state.close()
@@ -338,7 +338,7 @@ class TorchScorer:
                 by_row = dict(zip([*whole, *rest], [*first, *second], strict=True))
                 return [by_row[at] for at in range(len(rows))]
         if meanwhile is not None:
-            meanwhile(None)
+            meanwhile()
         works: list[_Work] = []
         results: dict[int, RowScore] = {}
         try:
@@ -527,7 +527,7 @@ class TorchScorer:
             return self._decoder(plan.input_ids, plan.positions, plan)
         return packed_forward(self.model.decoder, plan)
 
-    def _stepped(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None) -> list[RowScore] | None:
+    def _stepped(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates. None for any other call, or where this GPU or driver would not
         record the step (for good).
@@ -595,7 +595,7 @@ class TorchScorer:
             self._count(len(ids))
             self.stats.promoted += len(chosen) - chosen.count(-1)
             if meanwhile is not None:
-                meanwhile(answers)
+                meanwhile()
         finally:
             step.wait()  # whatever happens: no other step may be launched before
         return answers
@@ -617,7 +617,7 @@ class TorchScorer:
         self._keep(capture)
         return answers
 
-    def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Meanwhile | None) -> list[RowScore] | None:
+    def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
         """Whole prompts, wanted at their last tokens alone, by one graph; None for any other call, and where this GPU
         or driver would not record it (for good)."""
         if self._prompts is None or not all(map(_is_whole, rows)):
@@ -635,7 +635,7 @@ class TorchScorer:
             try:
                 self._count(tokens)
                 if meanwhile is not None:
-                    meanwhile(None)
+                    meanwhile()
             finally:
                 launched.wait()  # whatever happens: nothing else may be launched before
         except GraphError as error:

@@ -254,16 +254,12 @@ class EngineCore:
     def _score_group(self, works: dict[int, _Work], results: list[Result | None]) -> None:
         rows = [work.row for work in works.values()]
         candidates: CandidateRows | None = None
-        kept = False
         asked = {at: work for at, work in works.items() if work.terminal}
 
-        def meanwhile(answers: Sequence[RowScore] | None) -> None:
-            nonlocal candidates, kept
+        def meanwhile() -> None:
+            nonlocal candidates
             if asked:
                 candidates = self._candidate_rows(asked.values())
-            if answers is not None:  # whatever their candidates' values turn out to be, these are the states
-                self._keep(works.values(), answers)
-                kept = True
             collect_young(len(rows))
 
         with traced(self.tracing, "forward", rows=len(rows)):
@@ -277,16 +273,6 @@ class EngineCore:
             for at, result in zip(asked, results_of, strict=True):
                 results[at] = result
         self._answer(works, results)
-        if not kept:
-            self._keep(works.values(), scores)
-
-    def _keep(self, works: Iterable[_Work], scores: Sequence[RowScore]) -> None:
-        """Hold the states of what was scored, or let go of those of which nothing is kept."""
-        for work, score in zip(works, scores, strict=True):
-            if work.chain is None:
-                score.state.close()
-            else:
-                self.prefixes.keep(self.scorer, work.chain, score)
 
     def _candidate_rows(self, works: Iterable[_Work]) -> CandidateRows:
         rows = []
@@ -313,6 +299,12 @@ class EngineCore:
                 found = answer(self, [works[at] for at in kinds[kind]])
                 for at, result in zip(kinds[kind], found, strict=True):
                     results[at] = result
+        for work in works.values():
+            assert work.score is not None
+            if work.chain is None:
+                work.score.state.close()
+            elif not work.known:
+                self.prefixes.keep(self.scorer, work.chain, work.score)
 
     def _predictions(self, works: list[_Work]) -> list[Result]:
         found: list[Result] = [{} for _ in works]
