@@ -149,6 +149,16 @@ def test_figures_of_guidance_and_layers() -> None:
         assert f" {figure:.1f} " in text
 
 
+def test_figures_of_ten_minutes() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").replace("\n", " ")
+    memory = report("engine")["memory"]
+    early, late = memory["rss_mib"]
+    assert f"is {early:,.0f} MiB after a third of the time and {late:,.0f} at the end" in text
+    answers = memory["answers"]
+    assert f"of {answers['answers']:,} answers {answers['checked']} were checked" in text
+    assert (answers["wrong"], memory["pool"]["exact"], memory["engine_failures"]) == (0, True, 0)
+
+
 def test_figures_of_pauses() -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").replace("\n", " ")
     for way in ("python's count", "rows"):
