@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from lenvm.errors import InvalidRequestError
 from lenvm.modeling import LengthValueModel
@@ -107,4 +106,5 @@ def test_an_id_that_is_none_is_refused_as_anywhere(scorer: TorchScorer, sent: li
     with pytest.raises(InvalidRequestError, match="candidates must be in"):
         scorer.score([ScoreRow(state, (), [5, scorer.vocab_size])])
     assert sent == []
-    assert torch.isfinite(torch.tensor(state.logit))
+    (answer,) = scorer.score([ScoreRow(state, (), [5])])  # nothing has happened to the state
+    assert (answer.candidate_logits.tolist(), len(sent)) == ([5.0], 1)
