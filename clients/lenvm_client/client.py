@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar, overload
 
@@ -12,6 +12,7 @@ import httpx2
 from lenvm_client import _calls as calls
 from lenvm_client._calls import Inputs, ScoreInputs
 from lenvm_client._http import Base, Headers, Timeout, reply_of, settings, too_slow, transport_error
+from lenvm_client._transport import MEANWHILE, direct
 from lenvm_client._types import (
     CandidateInput,
     CandidateScores,
@@ -75,7 +76,8 @@ class Client(Base):
         headers: Headers | None = None,
     ) -> None:
         super().__init__(model, timeout, total_timeout, max_retries, retry_timeouts)
-        self._http: httpx2.Client = httpx2.Client(transport=transport, **settings(base_url, api_key, headers))
+        given = settings(base_url, api_key, headers)
+        self._http: httpx2.Client = httpx2.Client(transport=transport or direct(given["base_url"]), **given)
         self._sleep = time.sleep
 
     def close(self) -> None:
@@ -97,6 +99,7 @@ class Client(Base):
         timeout: Timeout = None,
         headers: Headers | None = None,
         policy: RetryPolicy | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> T:
         flow = self._exchange(call, policy)
         step = next(flow)
@@ -107,6 +110,8 @@ class Client(Base):
                 self._sleep(step.seconds)
             else:
                 request = self._request(call, step, request_id, timeout, headers)
+                if meanwhile is not None:
+                    request["extensions"], meanwhile = {MEANWHILE: meanwhile}, None
                 try:
                     reply = self._send(step, request)
                 except httpx2.HTTPError as error:
@@ -252,6 +257,16 @@ class Client(Base):
         inputs = candidate_inputs(rows)
         options = calls.options(self.model, model, generator, deadline_ms, priority)
         return candidate_scores(self._run(calls.score(inputs, options), request_id, timeout, headers), inputs)
+
+    def _score_overlapped(
+        self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
+    ) -> list[CandidateScores | RowError]:
+        """``score_candidates`` for ``GuidedDecoder``. ``meanwhile`` is called at most once, while the answer is
+        awaited; not where another transport than the client's own sends the request."""
+        if type(self).score_candidates is not Client.score_candidates:  # a subclass has its own
+            return self.score_candidates(rows)
+        call = calls.score(rows, calls.options(self.model, None, None, None, None))
+        return candidate_scores(self._run(call, meanwhile=meanwhile), rows)
 
     def tokenize(
         self,

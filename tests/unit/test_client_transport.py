@@ -1,0 +1,224 @@
+"""The client's own transport: what goes out, how answers of every form are read, which connections are used again."""
+
+from __future__ import annotations
+
+import builtins
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httptools
+import httpx2
+import pytest
+
+from lenvm_client import Client, ServiceTimeoutError, ServiceUnreachableError
+from lenvm_client._transport import MEANWHILE, Direct, direct
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
+
+
+class Server:
+    """Answers each request with what ``script`` holds for it: pieces, of which None closes the connection and a number
+    waits for so many seconds."""
+
+    def __init__(self) -> None:
+        self.script: list[list[bytes | float | None]] = []
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/path?a=b"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            while data := connection.recv(1 << 16):
+                self.requests.append(data)
+                for piece in self.script.pop(0):
+                    if piece is None:
+                        return
+                    if isinstance(piece, float):
+                        time.sleep(piece)
+                    else:
+                        connection.sendall(piece)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client() -> Iterator[httpx2.Client]:
+    with httpx2.Client(transport=Direct(httptools), timeout=5.0) as made:
+        yield made
+
+
+def idle(client: httpx2.Client) -> int:
+    transport: Any = client._transport
+    return len(transport._idle)
+
+
+def test_a_request_leaves_in_one_write_and_its_connection_is_used_again(server: Server, client: httpx2.Client) -> None:
+    server.script = [[OK], [OK]]
+    for _ in range(2):
+        answer = client.post(server.url, content=b"body", headers={"x-a": "1"})
+        assert (answer.status_code, answer.content, answer.http_version) == (200, b"hi", "HTTP/1.1")
+    assert server.connections == 1
+    head, _, body = server.requests[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /path?a=b HTTP/1.1\r\n")
+    assert b"content-length: 4" in head.lower()
+    assert b"x-a: 1" in head.lower()
+    assert body == b"body"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "body", "kept"),
+    [
+        ([b"HTTP/1.1 200 OK\r\ncontent-le", 0.02, b"ngth: 2\r\n\r\n", 0.02, b"h", 0.02, b"i"], 200, b"hi", True),
+        ([b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n1\r\n!\r\n0\r\n\r\n"], 200, b"hi!", True),
+        ([b"HTTP/1.1 100 Continue\r\nx-b: 1\r\n\r\n" + OK], 200, b"hi", True),
+        ([b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02, OK], 200, b"hi", True),
+        ([b"HTTP/1.1 429 Too Many\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno"], 429, b"no", False),
+        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi, and more"], 200, b"hi", False),
+        ([OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"], 200, b"hi", False),
+        ([OK + b"no HTTP"], 200, b"hi", False),
+        ([b"HTTP/1.0 200 OK\r\n\r\nto the end", None], 200, b"to the end", False),
+        ([b"HTTP/1.1 204 No Content\r\n\r\n"], 204, b"", True),
+    ],
+)
+def test_answers_of_every_form(
+    server: Server, client: httpx2.Client, pieces: list[Any], status: int, body: bytes, kept: bool
+) -> None:
+    server.script = [pieces]
+    answer = client.post(server.url, content=b"")
+    assert (answer.status_code, answer.content) == (status, body)
+    assert "x-b" not in answer.headers
+    assert idle(client) == kept
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [None],
+        [b"HTTP/1.1 200 OK\r\ncontent-len", None],
+        [b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nhi", None],
+        [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n", None],
+        [b"SSH-2.0-OpenSSH\r\n"],
+        [b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n??"],
+    ],
+)
+def test_what_is_no_whole_answer_is_an_error(server: Server, client: httpx2.Client, pieces: list[Any]) -> None:
+    server.script = [pieces, [OK]]
+    with pytest.raises(httpx2.RemoteProtocolError):
+        client.post(server.url, content=b"")
+    assert idle(client) == 0
+    assert client.post(server.url, content=b"").content == b"hi"
+
+
+def test_a_connection_that_the_server_closed_is_not_used_again(server: Server, client: httpx2.Client) -> None:
+    server.script = [[OK, None], [OK]]
+    client.post(server.url, content=b"")
+    assert idle(client) == 1  # it looked well
+    time.sleep(0.3)
+    assert client.post(server.url, content=b"").content == b"hi"
+    assert server.connections == 2
+
+
+def test_limits(server: Server, client: httpx2.Client) -> None:
+    server.script = [
+        [b"HTTP/1.1 200 OK\r\n", 0.5, b"\r\n"],
+        [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", 0.5, b"hi"],
+    ]
+    for _ in range(2):
+        with pytest.raises(httpx2.ReadTimeout):
+            client.post(server.url, content=b"", timeout=0.1)
+    assert idle(client) == 0
+    with pytest.raises(httpx2.ConnectError):
+        client.post("http://127.0.0.1:1/", content=b"")
+    transport: Any = client._transport
+    held = [transport._room.acquire() for _ in range(100)]  # as if so many were under way: none of the above is
+    assert len(held) == 100
+    with pytest.raises(httpx2.PoolTimeout):
+        client.post(server.url, content=b"", timeout=0.05)
+
+
+def test_an_answer_that_is_not_read_costs_its_connection_and_no_place(server: Server, client: httpx2.Client) -> None:
+    server.script = [[b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhi"], [OK]]
+    with client.stream("POST", server.url, content=b""):
+        pass
+    assert idle(client) == 0
+    assert client.post(server.url, content=b"").content == b"hi"
+
+
+def test_meanwhile_comes_after_the_request_and_before_its_answer(server: Server, client: httpx2.Client) -> None:
+    server.script = [[0.1, OK]]
+    seen: list[int] = []
+    begun = time.monotonic()
+
+    def meanwhile() -> None:
+        while not server.requests:
+            time.sleep(0.001)
+        seen.append(len(server.requests))
+        assert time.monotonic() - begun < 0.1
+
+    answer = client.post(server.url, content=b"", extensions={MEANWHILE: meanwhile})
+    assert (answer.content, seen) == (b"hi", [1])
+
+
+def test_connections_of_many_threads(server: Server, client: httpx2.Client) -> None:
+    server.script = [[0.05, OK] for _ in range(40)]
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: found.extend(client.post(server.url, content=b"").content for _ in range(5)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [b"hi"] * 40
+    assert 1 < server.connections <= 8
+
+
+def test_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert isinstance(direct(httpx2.URL("http://127.0.0.1:8000")), Direct)
+    assert direct(httpx2.URL("https://127.0.0.1:8000")) is None
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    assert direct(httpx2.URL("http://127.0.0.1:8000")) is None
+    monkeypatch.delenv("http_proxy")
+    load: Callable[..., Any] = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "httptools":
+            raise ImportError(name)
+        return load(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert direct(httpx2.URL("http://127.0.0.1:8000")) is None
+
+
+def test_errors_are_the_client_s(server: Server) -> None:
+    server.script = [[None], [0.5, OK]]
+    with Client(server.url, max_retries=0, timeout=0.1) as client:
+        with pytest.raises(ServiceUnreachableError, match="hung up"):
+            client.info()
+        with pytest.raises(ServiceTimeoutError):
+            client.info()
