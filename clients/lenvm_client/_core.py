@@ -55,6 +55,8 @@ OnError: TypeAlias = Literal["passthrough", "raise", "log"]
 
 _log = logging.getLogger(__name__)
 
+_NOTHING_ASKED = vars(CandidateInput(candidates=()))
+
 
 class Core:
     """All of a decoder but the calls; see ``GuidedDecoder``."""
@@ -87,11 +89,17 @@ class Core:
         self._tilts: Recent[Lineage, Mapping[str, Any]] = Recent(max_prefixes)
         self._pause, self._resume_at = FIRST_PAUSE_S, -math.inf
         self._clock = time.monotonic  # a seam of the tests
+        # What the next step needs and this one's caller does not: done while the next call is under way.
+        self._left: list[tuple[Live, WeightedRow]] = []
+        self._entered: list[Live] = []
+        self._ended: list[GuidedRow] = []
+        self._gave_up = False  # some row did, ever
         self.start()
 
     def start(self, *, sampled: bool = True) -> None:
         """A new generation: the report's counters start again; known prefixes stay. ``sampled`` False (greedy, beams):
         tokens follow no distribution, so that the text cost is NaN."""
+        self._catch_up()
         self._sampled = sampled
         self._calls = 0
         self._seconds = 0.0
@@ -100,6 +108,7 @@ class Core:
     def report(self, rows: Iterable[GuidedRow]) -> GuidanceReport:
         """The report on answers as they came out: ``prefix`` with all that was generated (an EOS that ended it too),
         ``generated`` and ``objective``; the other fields are not read."""
+        self._catch_up()
         rows = list(rows)
         reports = tuple(self._tally(row, ended=True).report for row in rows)
         estimates = () if self.text is None else [self.text.estimates(row.objective) for row in rows]
@@ -109,10 +118,10 @@ class Core:
     def _flow(self, rows: Sequence[GuidedRow]) -> Flow:
         """One step: yields rows to score, is sent the answers or thrown their error, returns the weighted rows. After a
         ``Wait`` it is sent None."""
-        live = [self._enter(at, row) for at, row in enumerate(rows) if not row.finished]
-        for row in rows:
-            if row.finished:
-                self._tally(row, ended=True)  # keeps its record from being forgotten before the report
+        self._entered = live = [self._enter(at, row) for at, row in enumerate(rows) if not row.finished]
+        self._ended = [row for row in rows if row.finished]
+        if self._gave_up:
+            self._catch_up()
         resting = self.on_error == "passthrough" and self._clock() < self._resume_at
         wanted = [x for x in live if x.row.objective is not None and x.ids and not x.tally.given_up and not resting]
         batches, later = self._batches(wanted), list[Live]()
@@ -128,6 +137,7 @@ class Core:
                 finally:
                     self._calls += 1
                     self._seconds += self._clock() - started
+                    self._catch_up()
                 again = self._accept(batch, inputs, answers or ())
             except LenVMClientError as error:
                 self._fail(batch, error)
@@ -138,6 +148,7 @@ class Core:
         asked = max((x.wait_s for x in wanted if x.weights is None), default=0.0)
         if asked:  # by rows of calls that went well themselves
             self._resume_at = max(self._resume_at, self._clock() + asked)
+        self._catch_up()
         weighted = {x.at: self._leave(x) for x in live}
         return [weighted.get(at) or WeightedRow((), (), ()) for at in range(len(rows))]
 
@@ -160,8 +171,19 @@ class Core:
             raise InvalidRequestError(f"row {at} has a log-prob that is NaN or +inf", param="logprobs")
         parent, digest = digests(row.prefix)
         key = objective_key(row.objective)
-        tally = self._tally(row, ended=False, parent=(parent, key))
-        return Live(at, row, tuple(kept), tuple(kept.values()), parent, digest, (digest, key), tally)
+        return Live(at, row, tuple(kept), tuple(kept.values()), parent, digest, (digest, key))
+
+    def _catch_up(self) -> None:
+        """Note down the rows that the last step left, then look up those that have come since."""
+        left, self._left = self._left, []
+        for x, weighted in left:
+            self._note(x, weighted)
+        entered, self._entered = self._entered, []
+        for x in entered:
+            x.tally = self._tally(x.row, ended=False, parent=(x.parent, x.lineage[1]))
+        ended, self._ended = self._ended, []
+        for row in ended:
+            self._tally(row, ended=True)  # keeps its record from being forgotten before the report
 
     def _tally(self, row: GuidedRow, *, ended: bool, parent: Lineage | None = None) -> Tally:
         """The tally up to and with the last token of ``row.prefix``."""
@@ -230,23 +252,28 @@ class Core:
                 x.boundary, generated, prefix, known = True, 0, prompt, [x.prompt]
             else:
                 objective = tilt
-        common: dict[str, Any] = {
-            "candidates": view.candidates,
-            "logprobs": view.logprobs if _reads_logprobs(objective) else None,
-            "generated": generated,
-            "objective": objective,
-            "eos_ids": view.end_ids,
-            "return_values": False,
-        }
+        # What the __init__ of a frozen dataclass does, at once and not field by field.
+        asked = object.__new__(CandidateInput)
+        asked.__dict__.update(
+            _NOTHING_ASKED,
+            candidates=view.candidates,
+            logprobs=view.logprobs if _reads_logprobs(objective) else None,
+            generated=generated,
+            objective=objective,
+            eos_ids=view.end_ids,
+            return_values=False,
+        )
         # A handle of the prefix itself serves a repeated row, one of its parent the usual step.
         for behind, key in enumerate(reversed(known)):
             session = None if x.resent else self._sessions.get(key)
             if session is not None:
                 x.used = key
-                append = tuple(int(token) for token in prefix[len(prefix) - behind :])
-                return CandidateInput(session=session, append=append, **common)
+                append = tuple(map(int, prefix[len(prefix) - behind :]))
+                asked.__dict__.update(session=session, append=append)
+                return asked
         x.used = None
-        return CandidateInput(token_ids=[int(token) for token in prefix], **common)
+        asked.__dict__["token_ids"] = list(map(int, prefix))
+        return asked
 
     def _accept(self, batch: Sequence[Live], inputs: Sequence[CandidateInput], answers: Answers) -> list[Live]:
         """Take the answers in; returns the rows to be sent again: whole, where the session is gone; after ``wait_s``,
@@ -302,6 +329,7 @@ class Core:
             raise RowFailure(error)
         self._count(error)
         if hopeless:
+            self._gave_up = True
             x.tally = replace(x.tally, given_up=True)
         elif error.retryable:
             x.wait_s = error.retry_after_s or 0.0
@@ -314,9 +342,14 @@ class Core:
         self._errors[kind] += 1
 
     def _leave(self, x: Live) -> WeightedRow:
-        """The row's answer; what its children need is kept."""
-        guided = x.weights is not None
-        weighted = WeightedRow(x.ids, x.logprobs, x.weights or (0.0,) * len(x.ids), guided)
+        """The row's answer."""
+        weighted = WeightedRow(x.ids, x.logprobs, x.weights or (0.0,) * len(x.ids), x.weights is not None)
+        self._left.append((x, weighted))
+        return weighted
+
+    def _note(self, x: Live, weighted: WeightedRow) -> None:
+        """Keep what the row's children need."""
+        guided = weighted.guided
         costs = weighted.costs() if self._sampled else [math.nan] * len(x.ids)
         ends = self._ends(x.row)
         forced = log_sum([p for i, p in zip(x.ids, x.logprobs, strict=True) if i in ends]) < FORCED_STOP_LOGPROB
@@ -331,7 +364,6 @@ class Core:
         )
         tally = Tally(report, x.tally.given_up)
         self._records.put(x.lineage, Record(tally, dict(zip(x.ids, costs, strict=True)), forced))
-        return weighted
 
 
 def _reads_logprobs(objective: Mapping[str, Any] | None) -> bool:

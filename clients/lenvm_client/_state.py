@@ -73,7 +73,7 @@ class Live:
     parent: bytes
     digest: bytes
     lineage: Lineage
-    tally: Tally
+    tally: Tally = field(default_factory=Tally)  # known once the step has caught up
     weights: tuple[float, ...] | None = None
     view: View | None = None  # as it is asked about, once it was
     digests: list[bytes] = field(default_factory=list)  # of the prefix that is asked about, shortest first

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
@@ -217,6 +217,8 @@ def input_rows(inputs: Input | Iterable[Input], rows: type[PredictInput] | type[
 
 
 def _row(item: Input, kind: type[PredictInput] | type[CompletionInput]) -> dict[str, Any]:
+    if type(item) is CandidateInput and kind is CompletionInput:  # a step has dozens
+        return cast(dict[str, Any], _plain(item))
     if isinstance(item, str):
         return {"prompt": item}
     if isinstance(item, Mapping):
@@ -229,8 +231,9 @@ def _row(item: Input, kind: type[PredictInput] | type[CompletionInput]) -> dict[
 
 def _plain(value: Any) -> Any:
     """Typed inputs as mappings without the fields that were not given, at any depth of lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        given = {name: field for name in _names(type(value)) if (field := getattr(value, name)) is not None}
+    if (names := _names(cast(Any, type(value)))) is not None:
+        fields = value.__dict__
+        given = {name: field for name in names if (field := fields[name]) is not None}
         if "session" not in given:
             given.pop("append", None)
         if not len(given.get("eos_ids", ())):
@@ -239,30 +242,38 @@ def _plain(value: Any) -> Any:
             del given["return_values"]
         return given
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return value if set(map(type, value)) <= _PLAIN else [_plain(item) for item in value]
     return value
 
 
+_PLAIN = frozenset((dict, int, float, str))
+
+
 @functools.cache
-def _names(kind: type[Any]) -> tuple[str, ...]:
+def _names(kind: Hashable) -> tuple[str, ...] | None:
+    """Of a dataclass its fields; None for anything else."""
+    if not dataclasses.is_dataclass(kind):
+        return None
     return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def _foreign(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+_encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_foreign)
 
 
 def _dump(body: Any) -> bytes:
     """JSON without spaces. Arrays of any library go through their ``tolist``."""
-
-    def foreign(value: Any) -> Any:
-        if hasattr(value, "tolist"):
-            return value.tolist()
-        if isinstance(value, Mapping):
-            return dict(value)
-        if isinstance(value, Sequence):
-            return list(value)
-        raise TypeError(f"{type(value).__name__} has no JSON form")
-
     try:
-        text = json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=foreign)
-        return text.encode()
+        return _encoder.encode(body).encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError("a text holds a lone surrogate: send valid Unicode", code="not_unicode") from error
     except (TypeError, ValueError, RecursionError) as error:

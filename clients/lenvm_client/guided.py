@@ -90,6 +90,16 @@ class GuidedDecoder(Core):
             text=text,
             max_append=max_append,
         )
+        # Of a ``Client``: the call during which the step catches up.
+        self._overlapped = getattr(scorer, "_score_overlapped", None)
+
+    def _scored(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
+        found: list[CandidateScores | RowError]
+        if self._overlapped is None:
+            found = self.scorer.score_candidates(rows)
+        else:
+            found = self._overlapped(rows, self._catch_up)
+        return found
 
     def step(self, rows: Sequence[GuidedRow]) -> list[WeightedRow]:
         """The rows' candidates with their log-weights, aligned with ``rows``; empty for finished rows.
@@ -104,7 +114,7 @@ class GuidedDecoder(Core):
                     wanted = flow.send(None)
                     continue
                 try:
-                    answers = self.scorer.score_candidates(wanted)
+                    answers = self._scored(wanted)
                 except LenVMClientError as error:
                     wanted = flow.throw(error)
                 else:

@@ -591,3 +591,42 @@ class TestRetries:
         assert flow.throw(DOWN) == Wait(0.0)
         assert flow.send(None) == Send(6.0)
         assert next(exchange(predict("a"), RetryPolicy(total_s=None), clock=clock, draw=lambda: 0.0)) == Send(None)
+
+
+ROW = {
+    "index": 0, "prefix_tokens": 9, "cached_tokens": 8, "value": -0.5, "horizon": 3.5, "values": [], "horizons": [],
+    "log_weights": [-0.25, 0.0], "session": "s-1", "objective": None,
+}  # fmt: skip
+
+
+def test_a_plain_row_is_read_as_any_other() -> None:
+    plain = _decode._plain_scores(ROW)
+    assert plain == _decode.decode(_types.CandidateScores, ROW)
+    assert plain is not None
+    assert vars(plain).keys() == {field.name for field in dataclasses.fields(_types.CandidateScores)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"log_weights": [-1, 0.0]},
+        {"log_weights": [True, 0.0]},
+        {"log_weights": [-0.5, math.inf]},
+        {"log_weights": [math.inf, -math.inf]},
+        {"log_weights": []},
+        {"log_weights": None},
+        {"value": -1},
+        {"value": math.nan},
+        {"horizon": math.inf},
+        {"values": [-0.5, -0.25]},
+        {"horizons": [2.0, 1.0]},
+        {"index": True},
+        {"session": None},
+        {"objective": {"kind": "tilt", "lambda": 0.5}},
+        {"further": 1},
+    ],
+)
+def test_all_other_rows_are_looked_at_field_by_field(other: dict[str, Any]) -> None:
+    assert _decode._plain_scores({**ROW, **other}) is None
+    assert _decode._plain_scores(dict(reversed(ROW.items()))) is None
+    assert _decode._plain_scores({name: value for name, value in ROW.items() if name != "value"}) is None

@@ -824,3 +824,73 @@ def test_the_key_of_an_objective_is_that_of_what_it_says() -> None:
     assert len(keys) == len(others)
     assert objective_key(wanted) not in keys
     assert objective_key({"kind": [1]}) != objective_key({"kind": [2]})  # nothing that can be hashed
+
+
+class Overlapped(FakeScorer):
+    """As a ``Client``: what the decoder has still to do is done before the answer is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.overlapped = 0
+
+    def _score_overlapped(self, rows: Sequence[CandidateInput], meanwhile: Any) -> list[CandidateScores | RowError]:
+        if self.overlapped % 3 != 2:  # another transport would not call it
+            meanwhile()
+        self.overlapped += 1
+        return self.score_candidates(rows)
+
+
+class TestOverlap:
+    """What a step leaves for the next one's wait changes no token and no report."""
+
+    @pytest.mark.parametrize("sampled", [True, False])
+    def test_same_answers_and_reports(self, scorer: FakeScorer, sampled: bool) -> None:
+        prompts, objectives = [[5, 6], [7], [8, 8, 8], [4]], [TILT, None, OTHER, SCALE]
+        found = []
+        for each in (scorer, Overlapped()):
+            decoder = GuidedDecoder(each, [EOS], on_error="raise")
+            for _ in range(2):  # the second generation begins with what the first one left
+                decoder.start(sampled=sampled)
+                out = loop(decoder, prompts, objectives, seeds=[0, 1, 4, 2])
+                found.append((out, str(decoder.report(final(out, prompts, objectives)).rows)))
+        assert found[:2] == found[2:]
+
+    def test_a_report_after_any_step_is_up_to_date(self) -> None:
+        scorer = Overlapped()
+        decoder = GuidedDecoder(scorer, [EOS], on_error="raise")
+        prefix = [5, 6]
+        for step in range(4):
+            (weighted,) = decoder.step([row(prefix, step)])
+            prefix.append(weighted.ids[1])
+            report = decoder.report([row(prefix, step + 1)])
+            assert (report.steps, report.guided_steps) == (step + 1, step + 1)
+            assert math.isfinite(report.text_cost)
+            assert not decoder._left
+        assert scorer.overlapped == 4
+
+    def test_what_the_step_before_left_is_done_while_the_call_is_under_way(self) -> None:
+        seen: list[tuple[int, int]] = []
+
+        class Watching(Overlapped):
+            def _score_overlapped(self, rows: Any, meanwhile: Any) -> Any:
+                before = len(decoder._left)
+                meanwhile()
+                seen.append((before, len(decoder._left)))
+                return self.score_candidates(rows)
+
+        decoder = GuidedDecoder(Watching(), [EOS], on_error="raise")
+        loop(decoder, [[5, 6], [8]], [TILT, OTHER], steps=3, seeds=[0, 4])
+        assert seen[0] == (0, 0)
+        assert seen[1] == (2, 0)
+
+    def test_a_subclass_s_own_call_is_made(self) -> None:
+        class Counting(Client):
+            calls = 0
+
+            def score_candidates(self, rows: Any, **more: Any) -> Any:
+                self.calls += 1
+                return super().score_candidates(rows, **more)
+
+        with Counting(transport=MockTransport()) as client:
+            GuidedDecoder(client, [EOS], on_error="raise").step([row([5, 6], 0)])
+            assert client.calls == 1
