@@ -46,6 +46,7 @@ MAX_TARGET = 1_000_000
 """Longest target, in content tokens."""
 
 _MAX_RATE = 1e6  # bounds lambda and beta (nats a token), so that rate x length stays exact enough to be ordered
+_TINY = 1e-200  # far above what float64 loses of a product
 _FADE_TOKENS = 20.0  # about a sentence
 TOP_K, TOP_P, MIN_P = 15, 0.999, 0.01  # the paper's truncation; min-p for tilt, the others for hard rules
 _KINDS = ("equal_to", "at_most", "at_least", "tilt", "scale")
@@ -252,6 +253,25 @@ class PreparedWeights:
             weights[at] = _bounded(raw, strength)
         return weights
 
+    @property
+    def reads_bins_alone(self) -> bool:
+        """Whether :meth:`of_scored` can be asked: every row has an objective by posterior, over bins."""
+        return (
+            self._bins is not None
+            and len(self._groups) == 1
+            and self._groups[0][0] == slice(None)
+            and (self._groups[0][2] is not None)
+        )
+
+    def of_scored(self, places: NDArray[np.intp], bin_logprobs: FloatArray) -> FloatArray:
+        """The same log-weights [B, K] from the candidates that were scored alone: their places [S] among the B K, in
+        order, and their bin_logprobs [S, n]. The others are EOS or no candidates. Nothing is padded for it."""
+        ((_, strength, posterior, _),) = self._groups
+        assert posterior is not None
+        raw = np.full(self._eos.shape, -np.inf)
+        raw.reshape(-1)[places] = posterior.expected(bin_logprobs, places // self._eos.shape[1])
+        return _bounded(posterior.with_eos(raw), strength)
+
 
 def resolve_scale(objective: Objective, bin_logprobs: ArrayLike, bins: LengthBins) -> Objective:
     """The tilt that a scale stands for: bin log-probs [n] at the prompt boundary fix lambda for the whole answer.
@@ -311,12 +331,24 @@ class _Posterior:
         logprobs: FloatArray | None,
         bins: LengthBins | None,
     ) -> None:
-        shape = np.array([utility(objective) for objective in objectives])  # [P, 3]
-        pivot, left_rate, self._right_rate = (shape[:, i : i + 1] for i in range(3))
-        self._count = count = generated.astype(np.float64)[:, None]
+        # Rows of one batch mostly want the same length and are as far: what they want of each bin is worked out once.
+        asked = [(*utility(objective), float(count)) for objective, count in zip(objectives, generated, strict=True)]
+        alike = dict.fromkeys(asked)
+        of_row = [0] * len(asked)
+        if len(alike) > 1:
+            number = {each: at for at, each in enumerate(alike)}
+            of_row = [number[each] for each in asked]
+        self._of_row = np.array(of_row)
+        shape = np.array(asked).reshape(-1, 4)
+        pivot, left_rate, self._right_rate, self._count = (shape[:, i : i + 1] for i in range(4))
+        count = self._count
         self._log_u: FloatArray | None = None
         if bins is not None:
-            self._log_u = _log_mean_utility(pivot, left_rate, self._right_rate, count + bins.lo, count + bins.hi)
+            once = np.array(list(alike)).reshape(-1, 4)
+            at = once[:, 3:]
+            self._log_u = _log_mean_utility(once[:, :1], once[:, 1:2], once[:, 2:3], at + bins.lo, at + bins.hi)
+            self._peak = self._log_u.max(axis=-1)
+            self._u = np.exp(self._log_u - self._peak[:, None])
         past = np.where(count > pivot, self._right_rate, -left_rate) * (count - pivot)
         self._eos, self._at_eos = eos, np.broadcast_to(-past, eos.shape)
         if logprobs is not None and any(objective.min_eos_prob for objective in objectives):
@@ -324,16 +356,31 @@ class _Posterior:
 
     def __call__(self, logits: FloatArray, bin_logp: FloatArray | None) -> FloatArray:
         if bin_logp is not None and self._log_u is not None:
-            terms = bin_logp + self._log_u[:, None, :]
-            peak = terms.max(axis=-1, keepdims=True)
-            peak = np.where(np.isfinite(peak), peak, 0.0)
-            with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-                np.exp(np.subtract(terms, peak, out=terms), out=terms)
-                raw = peak[..., 0] + np.log(terms.sum(axis=-1))
+            rows, each, bins = bin_logp.shape
+            raw = self.expected(bin_logp.reshape(-1, bins), np.repeat(np.arange(rows), each)).reshape(rows, each)
         else:  # only tilts at the model's own gamma get here: E[gamma^l] = 1 + V, exactly
             tilt = -np.logaddexp(0.0, np.nan_to_num(logits)) - self._right_rate * self._count
             raw = np.where(np.isfinite(logits), tilt, -np.inf)
+        return self.with_eos(raw)
+
+    def with_eos(self, raw: FloatArray) -> FloatArray:
+        """``raw`` [P, K] with what an EOS is worth where one stands."""
         return np.where(self._eos, self._at_eos, raw)
+
+    def expected(self, bin_logp: FloatArray, rows: NDArray[np.intp]) -> FloatArray:
+        """``log sum_l P(l) u(g + l)`` [S] for bin log-probs [S, n] of candidates of these rows [S]."""
+        assert self._log_u is not None
+        of_row = self._of_row[rows]
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            mean = np.einsum("sn,sn->s", np.exp(bin_logp), self._u[of_row])
+            raw: FloatArray = self._peak[of_row] + np.log(mean)
+            # Where next to nothing is left of the product the sum is taken in logs; that takes twice as long.
+            if len(small := np.flatnonzero(~(mean > _TINY))):
+                terms = bin_logp[small] + self._log_u[of_row[small]]
+                peak = terms.max(axis=-1, keepdims=True)
+                peak = np.where(np.isfinite(peak), peak, 0.0)
+                raw[small] = peak[:, 0] + np.log(np.exp(terms - peak).sum(axis=-1))
+        return raw
 
 
 def _too_unlikely(

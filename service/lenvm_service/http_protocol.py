@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
+from typing import Any, cast
 
 import httptools
 from pydantic_core import to_json
@@ -12,7 +13,41 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 __all__ = ["HttpProtocol"]
 
 _HEADER_BYTES = 64 * 1024
+_JOINED_BYTES = 64 * 1024  # of a body: above, a copy costs more than a write
 _BODY_FIELDS = (b"content-length", b"transfer-encoding")
+
+
+class _OneWrite:
+    """A transport on which the header fields of an answer leave together with its body, or with its first piece: a
+    write is a system call, and may wake the client for nothing that it can use. They wait for one turn of the loop."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop, self._head = transport, loop, b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Of header fields or a body, as uvicorn gives them."""
+        if not self._head and isinstance(data, bytes) and data.startswith(b"HTTP/") and data.endswith(b"\r\n\r\n"):
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        head, self._head = self._head, b""
+        if len(data) < _JOINED_BYTES:
+            self._transport.write(head + data)
+        else:
+            self._transport.writelines([head, data])
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        if head:
+            self._transport.write(head)
+
+    def close(self) -> None:
+        """After what was written."""
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -23,7 +58,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client: it has that long for its first request."""
-        super().connection_made(transport)
+        super().connection_made(cast("asyncio.Transport", _OneWrite(transport, self.loop)))
         self._since = self.loop.time()  # the last request began, or the connection
         self._arriving = self._in_head = False  # a request; and its header fields are not whole yet
         self._head_bytes = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -197,51 +197,56 @@ class EngineMetrics:
             metrics.shared_dropped.labels(model, reason)
         for source in ("computed", "cached", "shared", "promoted"):
             metrics.tokens.labels(model, source)
-        # Of every request: looking the series up would take longer than all else that is done with it.
-        self._queue_tokens, self._queue_seconds = (
-            metrics.queue_tokens.labels(model),
-            metrics.queue_seconds.labels(model),
-        )
+        # Of every request or batch: looking a series up takes longer than all else that is done with it.
+        self._series: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
     def nowhere(cls) -> EngineMetrics:
         """Metrics that nobody reads."""
         return cls(Metrics(), "none")
 
+    def _of(self, metric: Any, *labels: str) -> Any:
+        """The model's series of a metric."""
+        key = (id(metric), *labels)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = metric.labels(self._model, *labels)
+        return series
+
     def rows(self, kind: str, outcome: str, count: int) -> None:
         """So many answered rows: "predict", "tokens" or "candidates"; "ok" or the type of their error."""
-        self._metrics.rows.labels(self._model, kind, outcome).inc(count)
+        self._of(self._metrics.rows, kind, outcome).inc(count)
 
     def waited(self, seconds: float) -> None:
         """A request's first row begins."""
-        self._queue_seconds.observe(seconds)
+        self._of(self._metrics.queue_seconds).observe(seconds)
 
     def queued(self, tokens: int) -> None:
         """New tokens that wait now."""
-        self._queue_tokens.set(tokens)
+        self._of(self._metrics.queue_tokens).set(tokens)
 
     def batch(self, rows: int, tokens: int, seconds: float) -> None:
         """One batch is done."""
-        self._metrics.batch_rows.labels(self._model).observe(rows)
-        self._metrics.batch_tokens.labels(self._model).observe(tokens)
-        self._metrics.batch_seconds.labels(self._model).observe(seconds)
+        self._of(self._metrics.batch_rows).observe(rows)
+        self._of(self._metrics.batch_tokens).observe(tokens)
+        self._of(self._metrics.batch_seconds).observe(seconds)
 
     def work(self, counts: BatchCounts, *, sessions: int, evicted: int, used: int, free: int) -> None:
         """What the last batch computed, and what is held after it. ``evicted``: since the start."""
-        metrics, model = self._metrics, self._model
-        metrics.forwards.labels(model).inc(counts.forwards)
-        metrics.tokens.labels(model, "computed").inc(counts.computed_tokens)
+        metrics, of = self._metrics, self._of
+        of(metrics.forwards).inc(counts.forwards)
+        of(metrics.tokens, "computed").inc(counts.computed_tokens)
         cached = counts.cached_tokens - counts.promoted_tokens - counts.shared_tokens
-        metrics.tokens.labels(model, "cached").inc(max(0, cached))
-        metrics.tokens.labels(model, "shared").inc(counts.shared_tokens)
-        metrics.tokens.labels(model, "promoted").inc(counts.promoted_tokens)
+        of(metrics.tokens, "cached").inc(max(0, cached))
+        of(metrics.tokens, "shared").inc(counts.shared_tokens)
+        of(metrics.tokens, "promoted").inc(counts.promoted_tokens)
         for (kind, method), rows in counts.guided.items():
-            metrics.guided.labels(model, kind, method).inc(rows)
-        metrics.sessions.labels(model).set(sessions)
-        metrics.evictions.labels(model).inc(max(0, evicted - self._evicted))
+            of(metrics.guided, kind, method).inc(rows)
+        of(metrics.sessions).set(sessions)
+        of(metrics.evictions).inc(max(0, evicted - self._evicted))
         self._evicted = evicted
-        metrics.blocks.labels(model, "used").set(used)
-        metrics.blocks.labels(model, "free").set(free)
+        of(metrics.blocks, "used").set(used)
+        of(metrics.blocks, "free").set(free)
 
     def is_ready(self, ready: bool) -> None:
         """The engine takes work now, or does not."""

@@ -126,7 +126,13 @@ def test_nor_do_those_of_our_own_guided_decoder() -> None:
     ],
 )
 def test_all_else_does(odd: dict[str, Any]) -> None:
-    assert rows._plain_candidate_job({**PLAIN, **odd}, 3, "") is None
+    call = rows.read_score(json.dumps({"inputs": [PLAIN, PLAIN]}).encode(), 8)
+    assert rows.step_jobs(call, 3) == rows.score_jobs(call, None, 3)
+    call.rows[1] = {**PLAIN, **odd}
+    assert rows.step_jobs(call, 3) is None
+    with patch.object(rows, "check", side_effect=AssertionError("the schema was asked")):
+        assert rows.score_jobs(rows.Call(call.options, call.rows[:1], flat=False), None, 3) != []
+    assert isinstance(rows.score_jobs(call, None, 3)[0], CandidateJob)  # its neighbour is none the worse for it
 
 
 def test_a_number_that_no_float_holds_is_the_schema_s_error() -> None:

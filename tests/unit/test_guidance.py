@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from lenvm.distribution import LengthBins, log_pmf, log_softmax, value_at
 from lenvm.errors import InvalidRequestError
-from lenvm.guidance import LOG_WEIGHT_FLOOR, MAX_TARGET, Objective, check_objective, log_weights, resolve_scale
+from lenvm.guidance import (
+    LOG_WEIGHT_FLOOR,
+    MAX_TARGET,
+    Objective,
+    PreparedWeights,
+    check_objective,
+    log_weights,
+    resolve_scale,
+)
 
 FloatArray = NDArray[np.float64]
 GAMMA = 0.997
@@ -91,6 +99,40 @@ def test_posterior_closed_form_equals_the_sum_over_lengths(rows: list[Objective]
     for row, objective in enumerate(rows):
         expected = brute_force(objective, logp[row], generated + row)
         np.testing.assert_allclose(weights[row], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", [0, 40, 90_000])
+def test_scored_candidates_alone_give_what_padded_ones_give(target: int) -> None:
+    """Far from a target next to nothing is left of the product of probabilities and utility."""
+    rows = [Objective(kind="equal_to", target=target, tolerance=0.01), Objective(kind="tilt", lambda_=0.3)] * 2
+    is_eos = np.zeros((4, 5), dtype=bool)
+    is_eos[0, 2] = is_eos[1, :] = is_eos[3, 4] = True
+    generated = np.array([0, 3, 0, 900])
+    logp = bin_logp(3, 4, 5, scale=60.0)
+    prepared = PreparedWeights(rows, is_eos, generated, None, bins=BINS, gamma=0.99)
+    assert prepared.reads_bins_alone
+    places = np.flatnonzero(~is_eos)
+    found = prepared.of_scored(places, logp.reshape(-1, BINS.size)[places])
+    each = [  # by the sum in logs, a row at a time
+        brute_force(objective, own, int(count)) for objective, own, count in zip(rows, logp, generated, strict=True)
+    ]
+    logp[is_eos] = np.nan
+    np.testing.assert_array_equal(found, prepared(np.zeros((4, 5)), logp))
+    assert np.isfinite(found).all()
+    for at in (0, 2, 3):
+        scored = ~is_eos[at]
+        scored[EOS] = False
+        kept = found[at, scored] - found[at, scored].max(), each[at][scored] - each[at][scored].max()
+        np.testing.assert_allclose(*kept, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("other", [None, Objective(kind="equal_to", target=4, method="paper")])
+def test_other_rows_are_not_for_scored_candidates_alone(other: Objective | None) -> None:
+    is_eos = np.zeros((2, 3), dtype=bool)
+    rows = [Objective(kind="equal_to", target=4), other]
+    logprobs = np.full((2, 3), -1.0)
+    assert not PreparedWeights(rows, is_eos, [0, 0], logprobs, bins=BINS, gamma=0.99).reads_bins_alone
+    assert not PreparedWeights([other] * 2, is_eos, [0, 0], logprobs, bins=BINS, gamma=0.99).reads_bins_alone
 
 
 def test_posterior_far_past_a_target_keeps_its_order_and_stops() -> None:

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -23,6 +23,7 @@ import pytest
 from lenvm.errors import ArtifactError, InvalidRequestError
 from lenvm_service.cli import main
 from lenvm_service.cli import serve as serve_command
+from lenvm_service.http_protocol import _OneWrite
 from lenvm_service.server import Drain, bind, find_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,6 +289,50 @@ def test_what_takes_too_long_is_answered_and_the_exit_is_clean(start: Callable[.
         answer = waiting.result(10)
     assert (answer.status_code, answer.json()["error"]["type"]) == (503, "draining")
     assert not [line for line in server.log if "Traceback" in line]
+
+
+def test_an_answer_leaves_in_one_write_and_a_stream_at_once() -> None:
+    class Transport:
+        def __init__(self) -> None:
+            self.sent: list[bytes] = []
+
+        def write(self, data: bytes) -> None:
+            self.sent.append(data)
+
+        def writelines(self, pieces: Sequence[bytes]) -> None:
+            self.sent.append(b"+".join(pieces))
+
+        def close(self) -> None:
+            self.sent.append(b"closed")
+
+        def get_extra_info(self, name: str) -> str:
+            return name
+
+    head = b"HTTP/1.1 200 OK\r\nx-a: 1\r\n\r\n"
+
+    async def run() -> None:
+        below = Transport()
+        transport = _OneWrite(cast("asyncio.Transport", below), asyncio.get_running_loop())
+        transport.write(head)
+        transport.write(b"body")
+        transport.write(b"HTTP/1.1 looks like one")
+        await asyncio.sleep(0)
+        assert below.sent == [head + b"body", b"HTTP/1.1 looks like one"]
+        below.sent.clear()
+        transport.write(head)
+        assert not below.sent
+        await asyncio.sleep(0)  # an event stream, whose first event is yet to come
+        assert below.sent == [head]
+        transport.write(b"event")
+        transport.write(head)
+        transport.write(large := b"x" * (1 << 17))
+        transport.write(head)
+        transport.close()
+        await asyncio.sleep(0)
+        assert below.sent == [head, b"event", head + b"+" + large, head, b"closed"]
+        assert transport.get_extra_info("peername") == "peername"
+
+    asyncio.run(run())
 
 
 def test_bytes_that_are_no_http_and_bodies_that_never_end(start: Callable[..., Process]) -> None:

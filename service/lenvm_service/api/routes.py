@@ -73,12 +73,19 @@ async def score(request: Request) -> Response:
     call = await service.offload(len(body), lambda: rows.read_score(body, limits.max_batch_rows))
     engine = service.engine(call.options.model)
     deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
-    with engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room:
-        jobs = await service.tokenized(
-            len(body),
-            lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates, tenant),
-            text=rows.text_size(call.rows),
-        )
+    # A step is read at once: there is nothing to tokenise, for which it would need room in the queue beforehand.
+    jobs = rows.step_jobs(call, limits.max_candidates, tenant) if service.reads_inline(len(body)) else None
+    with (
+        contextlib.nullcontext()
+        if jobs is not None
+        else engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room
+    ):
+        if jobs is None:
+            jobs = await service.tokenized(
+                len(body),
+                lambda: rows.score_jobs(call, engine.tokenizer, limits.max_candidates, tenant),
+                text=rows.text_size(call.rows),
+            )
         async with watched(request.receive) as gone:
             found = await model_answer(
                 request,

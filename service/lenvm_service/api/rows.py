@@ -48,6 +48,7 @@ __all__ = [
     "read_predict",
     "read_score",
     "score_jobs",
+    "step_jobs",
     "text_size",
 ]
 
@@ -191,7 +192,8 @@ def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int, te
     """A job or an error for each row of /score. ``candidates`` tells the two kinds apart."""
 
     def job(row: Any) -> Job:
-        if (plain := _plain_candidate_job(row, max_candidates, tenant)) is not None:
+        ids = list[Any]()
+        if (plain := _plain_candidate_job(row, max_candidates, tenant, ids)) is not None and _are_ids(ids):
             return plain
         if isinstance(row, Mapping):
             # Null is "not given", also for a field of the other kind of row.
@@ -201,6 +203,16 @@ def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int, te
         return _token_job(check(TokenInput, row), tokenizer)
 
     return [_guarded(job, row) for row in call.rows]
+
+
+def step_jobs(call: Call[ScoreOptions], max_candidates: int, tenant: str = "") -> list[Row] | None:
+    """``score_jobs`` for a decoding step whose every row is plainly as it should be; None for all else."""
+    jobs, ids = list[Row](), list[Any]()
+    for row in call.rows:
+        if (job := _plain_candidate_job(row, max_candidates, tenant, ids)) is None:
+            return None
+        jobs.append(job)
+    return jobs if _are_ids(ids) else None
 
 
 def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, tenant: str) -> Job:
@@ -219,41 +231,42 @@ def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, 
     )
 
 
-def _plain_candidate_job(row: Any, max_candidates: int, tenant: str) -> CandidateJob | None:
-    """What a decoding loop sends for each row of each step, if it is plainly as it should be: a third of the schema's
-    time. None for all else, which the schema accepts or refuses by name."""
+def _plain_candidate_job(row: Any, max_candidates: int, tenant: str, seen: list[Any]) -> CandidateJob | None:
+    """What a decoding loop sends for each row of each step, if it is plainly as it should be: a fifth of the schema's
+    time. None for all else, which the schema accepts or refuses by name. ``seen``: takes all that must be ids."""
     if type(row) is not dict or not row.keys() <= _PLAIN_FIELDS:
         return None
-    session, append, ids = row.get("session"), row.get("append", []), row.get("candidates")
-    generated, logprobs, values = row.get("generated", 0), row.get("logprobs"), row.get("return_values", True)
-    ends = row.get("eos_ids", [])
+    given = row.get
+    session, append, ids, ends = given("session"), given("append", []), given("candidates"), given("eos_ids", [])
+    generated, logprobs, values = given("generated", 0), given("logprobs"), given("return_values", True)
     if not (
         type(session) is str
         and 0 < len(session) <= MAX_SESSION
-        and _are_ids(append)
-        and _are_ids(ids)
+        and type(append) is list
+        and type(ids) is list
         and 0 < len(ids) <= max_candidates
+        and type(ends) is list
+        and len(ends) <= MAX_EOS_IDS
         and type(generated) is int
         and 0 <= generated <= MAX_GENERATED
-        and _are_ids(ends)
-        and len(ends) <= MAX_EOS_IDS
         and (values is True or values is False)
         and (logprobs is None or _are_numbers(logprobs, len(ids)))
     ):
         return None
-    objective = row.get("objective")
+    objective = given("objective")
     try:
         wanted = None if objective is None else Objective.from_dict(objective)
     except InvalidRequestError:
         return None
+    seen += ids
+    seen += append
+    seen += ends
     prefix = Prefix(append, session=session, tenant=tenant)
     return CandidateJob(prefix, ids, generated, wanted, logprobs, tuple(ends), values)
 
 
-def _are_ids(value: Any) -> TypeGuard[list[int]]:
-    return type(value) is list and (
-        not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_ID)
-    )
+def _are_ids(values: list[Any]) -> TypeGuard[list[int]]:
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_ID
 
 
 def _are_numbers(value: Any, count: int) -> bool:

@@ -78,10 +78,15 @@ class Service:
         for task in [*self.requests, *self.pages]:
             task.cancel()
 
+    @staticmethod
+    def reads_inline(size: int) -> bool:
+        """Whether a body of so many bytes is parsed on the event loop."""
+        return size <= _INLINE_BYTES
+
     async def offload(self, size: int, work: Callable[[], T]) -> T:
         """``work()``, which parses a body of ``size`` bytes; in a worker thread where that would keep the event loop
         busy."""
-        if size <= _INLINE_BYTES:
+        if self.reads_inline(size):
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._workers)
 

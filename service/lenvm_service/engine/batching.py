@@ -197,12 +197,17 @@ class Batcher:
             if reservation is not None:
                 reservation.release()  # the lock is ours: nobody else gets the room in between
             self._check_room(tokens, None if reservation is not None else ticket.deadline)
-            ahead, rate = 0, self._tokens_per_s or self.options.budget_tokens
+            ahead, rate, entries = 0, self._tokens_per_s or self.options.budget_tokens, list[Entry]()
             for at, (job, cost) in enumerate(zip(jobs, costs, strict=True)):
                 self._order += 1
                 # Later rows of a request count as later arrivals: a large one shares the engine with small ones.
-                heapq.heappush(self._queue, Entry(key + ahead / rate, self._order, ticket, at, job, cost))
+                entries.append(Entry(key + ahead / rate, self._order, ticket, at, job, cost))
                 ahead += cost.tokens
+            if self._queue:
+                for entry in entries:
+                    heapq.heappush(self._queue, entry)
+            else:  # in order, which is a heap
+                self._queue = entries
             self._queued_tokens += tokens
             self._note_queue()
             self._condition.notify_all()

@@ -54,10 +54,10 @@ class CandidateRows:
         for at, size in enumerate(self.sizes):
             is_eos[at, size:] = False  # padding: NaN, which guidance reads as candidates that cannot be
         self.is_eos = is_eos
-        none = [-np.inf] * width
-        self.logprobs = np.array(
-            [none if given is None else [*given, *none[len(given) :]] for given in (row.job.logprobs for row in rows)]
-        )
+        self.logprobs = np.full(self.terminal.shape, -np.inf)
+        for at, row in enumerate(rows):
+            if (given := row.job.logprobs) is not None:
+                self.logprobs[at, : len(given)] = given
         self.generated = np.array([row.job.generated for row in rows])
         self.objectives = [row.job.objective for row in rows]
         scales = any(objective is not None and objective.kind == "scale" for objective in self.objectives)
@@ -78,7 +78,11 @@ class CandidateRows:
             raise ArithmeticError("the model gave values that are not finite")  # whatever these are, no answers
         logits = np.full(self.terminal.shape, np.nan)
         logits.reshape(-1)[self.scored] = given
-        weights = prepared(logits, self._bin_logprobs(scores)).tolist()
+        bins = [part for score in scores if (part := score.candidate_bin_logprobs) is not None]
+        if bins and prepared.reads_bins_alone:
+            weights = prepared.of_scored(self.scored, np.concatenate(bins)).tolist()
+        else:
+            weights = prepared(logits, self._bin_logprobs(bins)).tolist()
         values, horizons = self._values(logits)
         own_values, own_horizons = value_from_logit(prefix).tolist(), horizon_from_logit(prefix, self.gamma).tolist()
         listed = zip(
@@ -140,11 +144,10 @@ class CandidateRows:
                 self.objectives[at] = None
         return errors
 
-    def _bin_logprobs(self, scores: Sequence[RowScore]) -> NDArray[Any] | None:
+    def _bin_logprobs(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
         """[B, K, n]; NaN where nothing was scored."""
         if self.bins is None:
             return None
-        parts = [part for score in scores if (part := score.candidate_bin_logprobs) is not None]
         whole = np.empty((self.terminal.size, self.bins.size))
         if parts:  # or every candidate of every row ends the answer
             whole[self.scored] = np.concatenate(parts)

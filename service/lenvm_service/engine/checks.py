@@ -14,11 +14,12 @@ __all__ = ["check_candidates"]
 
 def check_candidates(job: CandidateJob, scorer: Scorer) -> None:
     """Raise InvalidRequestError for candidates, log-probabilities or an objective that this model cannot answer."""
-    if not len(job.candidates):
+    candidates = job.candidates
+    if not len(candidates):
         raise InvalidRequestError("candidates is empty: give at least one token id", param="candidates")
-    if min(job.candidates) < 0 or max(job.candidates) >= scorer.vocab_size:
+    if min(candidates) < 0 or max(candidates) >= scorer.vocab_size:
         raise InvalidRequestError(f"candidates must be in [0, {scorer.vocab_size})", param="candidates")
-    if len(set(job.candidates)) != len(job.candidates):
+    if len(set(candidates)) != len(candidates):
         raise InvalidRequestError("candidates holds a token twice: give each once", param="candidates")
     if job.logprobs is not None:
         if len(job.logprobs) != len(job.candidates):

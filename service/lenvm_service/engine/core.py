@@ -7,6 +7,8 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import numpy as np
@@ -161,9 +163,11 @@ class EngineCore:
         work = self._prefix(job)
         if isinstance(job, CandidateJob):
             check_candidates(job, self.scorer)
-            terminal = self.eos_ids.union(job.eos_ids)
-            work.terminal = [token in terminal for token in job.candidates]
-            work.row.candidates = [token for token in job.candidates if token not in terminal]
+            ends = self.eos_ids
+            if not ends.issuperset(job.eos_ids):
+                ends = ends.union(job.eos_ids)
+            work.terminal = terminal = list(map(ends.__contains__, job.candidates))
+            work.row.candidates = list(compress(job.candidates, map(not_, terminal)))
         if not work.known:
             self.scorer.check(work.row)
         return work
@@ -195,24 +199,25 @@ class EngineCore:
             name = "token_ids" if prefix.session is None else "append"
             raise InvalidRequestError(f"{name} must be in [0, {self.scorer.vocab_size})", param=name)
         chain, state = self.prefixes.resolve(prefix)
-        if job.generated < 0 or job.generated > chain.length:
+        length = chain.length
+        if not 0 <= job.generated <= length:
             raise InvalidRequestError(
-                f"generated must be from 0 to the prefix's {chain.length} tokens, not {job.generated}",
+                f"generated must be from 0 to the prefix's {length} tokens, not {job.generated}",
                 param="generated",
             )
         shared = prefix.shared
         same = self.sessions.get(chain.handle)
         if same is not None:  # asked before, perhaps by way of another chain: only candidates are left to compute
-            return _Work(job, ScoreRow(same.state), chain.length, chain)
+            return _Work(job, ScoreRow(same.state), length, chain)
         if shared is not None and shared.record is not None and isinstance(job, PredictJob):
             return self._known(job, chain, shared.record)
         # A prefix that is too long is refused: nothing is let go for its sake.
-        if state is None and chain.length <= self.scorer.context:
+        if state is None and length <= self.scorer.context:
             # Computed again sooner than gone on from: the system prompt that all chats begin with, mostly.
             least = getattr(self.scorer, "least_prefix", 0) if isinstance(job, PredictJob) else 0
             state, tokens = self.prefixes.from_blocks(self.scorer, chain, shared, least=least)
             ids = ids[tokens:]
-        return _Work(job, ScoreRow(state, ids), chain.length, chain)
+        return _Work(job, ScoreRow(state, ids), length, chain)
 
     def _known(self, job: PredictJob, chain: Chain, record: SessionRecord) -> _Work:
         """A prediction whose numbers another replica has computed."""

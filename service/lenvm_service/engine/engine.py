@@ -82,6 +82,7 @@ class Engine:
         self.tier: RedisTier | None = None
         self._predicted: OrderedDict[str, _Predicted] = OrderedDict()
         self._lock = threading.Lock()
+        self._held = 0  # tokens that a session's prefix is taken for
         self.loaded_at = 0.0
         tokens = options.batch_tokens or (16_384 if options.device.startswith("cuda") else 4_096)
         self.batcher = Batcher(
@@ -320,6 +321,7 @@ class Engine:
         with LOADING:
             self._loaded = load_core(self.source, self.options, on_progress=lambda: self.batcher.beat())
         self.core.tracing = self._tracing
+        self._held = self.core.scorer.context // 4
         if (warm_up := getattr(self.core.scorer, "warm_up", None)) is not None:
             warm_up(self.batcher.options.budget_tokens)
         self._canary()
@@ -415,7 +417,7 @@ class Engine:
         tokens, held = new_tokens(job), 0
         if not isinstance(job, TokenScoreJob) and job.prefix.session is not None:
             # How long a session's prefix is, only the thread knows; the context bounds it.
-            held = self.core.scorer.context // 4
+            held = self._held
         wide = 1 << max(0, tokens - 1).bit_length()  # rows of like width are padded to the widest of them
         return Cost(tokens, wide * (wide + held))
 
