@@ -118,6 +118,8 @@ class Core:
     def _flow(self, rows: Sequence[GuidedRow]) -> Flow:
         """One step: yields rows to score, is sent the answers or thrown their error, returns the weighted rows. After a
         ``Wait`` it is sent None."""
+        if self._entered:  # of a step that is under way beside this one
+            self._catch_up()
         self._entered = live = [self._enter(at, row) for at, row in enumerate(rows) if not row.finished]
         self._ended = [row for row in rows if row.finished]
         if self._gave_up:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Generator, Mapping
 from typing import Any, TypeAlias, TypeVar
@@ -25,6 +26,8 @@ T = TypeVar("T")
 Timeout: TypeAlias = float | httpx2.Timeout | None
 Headers: TypeAlias = Mapping[str, str]
 
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")  # RFC 9110, 5.1
+_FRAMING = frozenset(("content-length", "transfer-encoding"))  # where a request ends is for us to say
 _NEVER_SENT = (
     httpx2.ConnectError,
     httpx2.ConnectTimeout,
@@ -103,10 +106,14 @@ def settings(base_url: str, api_key: str | None, headers: Headers | None) -> dic
 
 
 def _checked_headers(headers: Headers | None) -> dict[str, str]:
-    return {
+    checked = {
         _header_value(name, "the name of a header").lower(): _header_value(value, f"headers[{name!r}]")
         for name, value in (headers or {}).items()
     }
+    for name in checked:
+        if name in _FRAMING or not _TOKEN.fullmatch(name):
+            raise InvalidRequestError(f"{name!r} cannot be set as a header of a request", param="headers")
+    return checked
 
 
 def _header_value(value: str, name: str) -> str:

@@ -6,6 +6,7 @@ in one write, and the C parser of uvicorn reads the answer. Proxies and TLS are 
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -26,7 +27,7 @@ MEANWHILE = "lenvm_meanwhile"
 _MOST_CONNECTIONS = 100
 _MOST_IDLE = 20
 _IDLE_S = 5.0
-_FRESH_S = 0.2  # a connection that answered so lately is not looked at before it is used again
+_HEAD_BYTES = 128 * 1024
 _PIECE = 1 << 18
 
 
@@ -48,6 +49,7 @@ class Direct(httpx2.BaseTransport):
         self._parsers = parsers
         self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
         self._idle: deque[_Connection] = deque()
+        self._closed = False
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send, and read up to the end of the header fields. Raises the library's transport errors."""
@@ -58,12 +60,18 @@ class Direct(httpx2.BaseTransport):
         try:
             url = request.url
             connection = self._take((url.raw_host.decode("ascii"), url.port or 80), limits, request)
-            connection.send(_head(request) + request.read(), limits, request)
+            broken = connection.send(_head(request) + request.read(), limits, request)
             meanwhile = request.extensions.get(MEANWHILE)
             if meanwhile is not None:
                 meanwhile()
             answer = _Answer(self._parsers, connection, request)
-            answer.read_head()
+            try:
+                answer.read_head()
+            except httpx2.TransportError:
+                if broken is not None:
+                    raise broken from None
+                raise
+            answer.usable = broken is None
         except BaseException:
             if connection is not None:
                 connection.close()
@@ -81,26 +89,31 @@ class Direct(httpx2.BaseTransport):
                 connection = self._idle.pop()
             except IndexError:  # another thread was faster
                 break
-            idle = now - connection.since
-            if connection.origin == origin and idle < _IDLE_S and (idle < _FRESH_S or connection.is_open()):
+            if connection.origin == origin and now - connection.since < _IDLE_S and connection.is_open():
                 return connection
             connection.close()
         return _Connection(origin, limits, request)
 
     def finished(self, answer: _Answer) -> None:
         """A body was read or left: its connection is kept where the next request can have it."""
-        connection = answer.connection
-        if answer.reusable and len(self._idle) < _MOST_IDLE:
-            connection.since = time.monotonic()
+        connection, now = answer.connection, time.monotonic()
+        if answer.reusable and answer.usable and len(self._idle) < _MOST_IDLE and not self._closed:
+            connection.since = now
             self._idle.append(connection)
         else:
             connection.close()
         self._room.release()
+        # What has lain there for longer than that is not used again, and the server may have closed it.
+        with contextlib.suppress(IndexError):  # another thread was faster
+            while now - self._idle[0].since > _IDLE_S:
+                self._idle.popleft().close()
 
     def close(self) -> None:
-        """Close idle connections."""
-        while self._idle:
-            self._idle.pop().close()
+        """Close idle connections, and those in use once they are not."""
+        self._closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
 
 def _head(request: httpx2.Request) -> bytes:
@@ -115,11 +128,11 @@ class _Connection:
         self.origin, self.since = origin, 0.0
         try:
             self._socket = socket.create_connection(origin, limits.get("connect"))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except TimeoutError as error:
             raise httpx2.ConnectTimeout(str(error), request=request) from error
         except OSError as error:
             raise httpx2.ConnectError(str(error), request=request) from error
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._limit = limits.get("connect")
 
     def is_open(self) -> bool:
@@ -131,15 +144,20 @@ class _Connection:
         poll.register(self._socket, select.POLLIN)
         return not poll.poll(0)
 
-    def send(self, data: bytes, limits: Mapping[str, Any], request: httpx2.Request) -> None:
+    def send(self, data: bytes, limits: Mapping[str, Any], request: httpx2.Request) -> httpx2.WriteError | None:
+        """Send all of it, each piece within the time. What broke it is given back: a server that refuses a request
+        before it is whole has perhaps said why."""
         self._wait_for(limits.get("write"))
+        rest, broken = memoryview(data), None
         try:
-            self._socket.sendall(data)
+            while rest:
+                rest = rest[self._socket.send(rest) :]
         except TimeoutError as error:
             raise httpx2.WriteTimeout(str(error), request=request) from error
         except OSError as error:
-            raise httpx2.WriteError(str(error), request=request) from error
+            broken = httpx2.WriteError(str(error), request=request)
         self._wait_for(limits.get("read"))
+        return broken
 
     def _wait_for(self, limit: float | None) -> None:
         if limit != self._limit:  # a system call
@@ -166,6 +184,8 @@ class _Answer:
         self.connection, self._request, self._parsers = connection, request, parsers
         self.status, self.headers, self._parts = 0, list[tuple[bytes, bytes]](), list[bytes]()
         self._headed = self._whole = self._further = self.reusable = False
+        self.usable = True  # the request went out as a whole
+        self._head_bytes = 0
         self._parser = parsers.HttpResponseParser(self)
 
     # -- called by the parser ------------------------------------------------------------------------------------------
@@ -205,7 +225,9 @@ class _Answer:
     def read_head(self) -> None:
         """Until the header fields are whole."""
         while not self._headed:
-            self._feed()
+            if self._head_bytes > _HEAD_BYTES:
+                raise httpx2.RemoteProtocolError("the answer's header fields are too large", request=self._request)
+            self._head_bytes += self._feed()
 
     def body(self) -> Iterator[bytes]:
         """The pieces as they come."""
@@ -216,7 +238,7 @@ class _Answer:
                 return
             self._feed()
 
-    def _feed(self) -> None:
+    def _feed(self) -> int:
         data = self.connection.receive(self._request)
         if not data:
             # Without a length a body ends where its connection does.
@@ -226,13 +248,14 @@ class _Answer:
                     "the server hung up before its answer was whole", request=self._request
                 )
             self._whole = True
-            return
+            return 0
         try:
             self._parser.feed_data(data)
         except (self._parsers.HttpParserError, self._parsers.HttpParserUpgrade) as error:
             self.reusable = False
             if not self._whole:  # or something came after it
                 raise httpx2.RemoteProtocolError(f"the answer is no HTTP ({error})", request=self._request) from error
+        return len(data)
 
 
 class _Body(httpx2.SyncByteStream):

@@ -90,15 +90,15 @@ class GuidedDecoder(Core):
             text=text,
             max_append=max_append,
         )
-        # Of a ``Client``: the call during which the step catches up.
-        self._overlapped = getattr(scorer, "_score_overlapped", None)
 
     def _scored(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
+        """The scorer's answers; where that is plainly a ``Client``, the step catches up during the call."""
         found: list[CandidateScores | RowError]
-        if self._overlapped is None:
+        overlapped = getattr(type(self.scorer), "_score_overlapped", None)
+        if overlapped is None or "score_candidates" in getattr(self.scorer, "__dict__", ()):
             found = self.scorer.score_candidates(rows)
         else:
-            found = self._overlapped(rows, self._catch_up)
+            found = overlapped(self.scorer, rows, self._catch_up)
         return found
 
     def step(self, rows: Sequence[GuidedRow]) -> list[WeightedRow]:
@@ -124,6 +124,8 @@ class GuidedDecoder(Core):
             return weighted
         except RowFailure as failure:
             raise failure.error from None
+        finally:
+            flow.close()
 
 
 class AsyncGuidedDecoder(Core):
@@ -153,3 +155,5 @@ class AsyncGuidedDecoder(Core):
             return weighted
         except RowFailure as failure:
             raise failure.error from None
+        finally:
+            flow.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ import httptools
 import httpx2
 import pytest
 
-from lenvm_client import Client, ServiceTimeoutError, ServiceUnreachableError
+from lenvm_client import Client, InvalidRequestError, ServiceTimeoutError, ServiceUnreachableError
 from lenvm_client._transport import MEANWHILE, Direct, direct
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
@@ -41,7 +42,7 @@ class Server:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(ConnectionError):  # the client may hang up
             while data := connection.recv(1 << 16):
                 self.requests.append(data)
                 for piece in self.script.pop(0):
@@ -135,9 +136,90 @@ def test_a_connection_that_the_server_closed_is_not_used_again(server: Server, c
     server.script = [[OK, None], [OK]]
     client.post(server.url, content=b"")
     assert idle(client) == 1  # it looked well
-    time.sleep(0.3)
+    time.sleep(0.02)
     assert client.post(server.url, content=b"").content == b"hi"
     assert server.connections == 2
+
+
+def test_bytes_that_nobody_asked_for_are_no_answer(server: Server, client: httpx2.Client) -> None:
+    server.script = [[OK, 0.02, OK.replace(b"hi", b"no")], [OK]]
+    client.post(server.url, content=b"")
+    time.sleep(0.06)
+    assert client.post(server.url, content=b"").content == b"hi"
+    assert server.connections == 2
+
+
+def test_a_refusal_before_the_request_is_whole_is_read(client: httpx2.Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nno")
+                connection.shutdown(socket.SHUT_WR)
+                time.sleep(0.2)
+
+        threading.Thread(target=refuse, daemon=True).start()
+        answer = client.post(f"http://127.0.0.1:{listener.getsockname()[1]}/", content=b"x" * (30 << 20))
+    assert (answer.status_code, answer.content) == (413, b"no")
+    assert idle(client) == 0
+
+
+def test_each_piece_of_a_long_request_has_the_time_to_itself(client: httpx2.Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        size = 24 << 20
+
+        def read_slowly() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                got, begun = 0, time.monotonic()
+                while got < size:
+                    got += len(connection.recv(1 << 20))
+                    time.sleep(max(0.0, begun + 0.8 * got / size - time.monotonic()))
+                connection.sendall(OK)
+
+        threading.Thread(target=read_slowly, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        assert client.post(url, content=b"x" * size, timeout=httpx2.Timeout(5.0, write=0.4)).content == b"hi"
+
+
+def test_header_fields_have_an_end(server: Server, client: httpx2.Client) -> None:
+    server.script = [[b"HTTP/1.1 200 OK\r\n"] + [b"x-%d: " % at + b"y" * 60_000 + b"\r\n" for at in range(9)]]
+    with pytest.raises(httpx2.RemoteProtocolError, match="too large"):
+        client.post(server.url, content=b"")
+
+
+def test_idle_connections_do_not_stay(server: Server, client: httpx2.Client) -> None:
+    server.script = [[0.05, OK] for _ in range(5)]
+    threads = [threading.Thread(target=lambda: client.post(server.url, content=b"")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert idle(client) > 1
+    transport: Any = client._transport
+    for connection in transport._idle:
+        connection.since -= 6.0
+    client.post(server.url, content=b"")
+    assert idle(client) == 1
+
+
+def test_a_connection_in_use_goes_with_its_answer_once_the_client_is_closed(server: Server) -> None:
+    server.script = [[OK[:-2], 0.05, OK[-2:]]]
+    transport = Direct(httptools)
+    answer = transport.handle_request(httpx2.Request("POST", server.url, content=b""))
+    transport.close()
+    assert answer.read() == b"hi"
+    answer.close()
+    assert not transport._idle
+    transport.close()
+
+
+@pytest.mark.parametrize("name", ["x foo", "x:y", "", "content-length", "Transfer-Encoding"])
+def test_headers_that_would_break_a_request_are_refused(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match="header"), Client() as client:
+        client.info(headers={name: "1"})
 
 
 def test_limits(server: Server, client: httpx2.Client) -> None:

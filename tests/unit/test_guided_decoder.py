@@ -883,6 +883,52 @@ class TestOverlap:
         assert seen[0] == (0, 0)
         assert seen[1] == (2, 0)
 
+    def test_steps_side_by_side_are_all_counted(self) -> None:
+        class Slow:
+            def __init__(self) -> None:
+                self.inner = FakeScorer()
+
+            async def score_candidates(self, rows: Sequence[CandidateInput]) -> Any:
+                await asyncio.sleep(0)
+                return self.inner.score_candidates(rows)
+
+        async def run() -> list[int]:
+            decoder = AsyncGuidedDecoder(Slow(), [EOS], on_error="raise")
+            prefixes = [[5, 6], [8, 8]]
+            for step in range(4):
+                answers = await asyncio.gather(*(decoder.step([row(prefix, step)]) for prefix in prefixes))
+                for prefix, (weighted,) in zip(prefixes, answers, strict=True):
+                    prefix.append(weighted.ids[1])
+            reports = decoder.report([row(prefix, 4) for prefix in prefixes]).rows
+            return [report.guided_steps for report in reports]
+
+        assert asyncio.run(run()) == [4, 4]
+
+    @pytest.mark.parametrize("how", ["instance", "wrapper", "later"])
+    def test_the_scorer_that_is_there_is_the_one_that_is_called(self, how: str, scorer: FakeScorer) -> None:
+        class Wrapper:
+            def __init__(self, inner: Any) -> None:
+                self.inner, self.calls = inner, 0
+
+            def score_candidates(self, rows: Any) -> Any:
+                self.calls += 1
+                return self.inner.score_candidates(rows)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.inner, name)
+
+        overlapped = Overlapped()
+        wrapper = Wrapper(overlapped)
+        decoder = GuidedDecoder(overlapped if how != "wrapper" else wrapper, [EOS], on_error="raise")
+        if how == "instance":
+            overlapped.score_candidates = Wrapper(FakeScorer()).score_candidates  # type: ignore[method-assign]
+        elif how == "later":
+            decoder.scorer = scorer
+        decoder.step([row([5, 6], 0)])
+        assert overlapped.overlapped == 0
+        assert len(scorer.calls) == (how == "later")
+        assert wrapper.calls == (how == "wrapper")
+
     def test_a_subclass_s_own_call_is_made(self) -> None:
         class Counting(Client):
             calls = 0
