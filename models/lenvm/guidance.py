@@ -216,8 +216,9 @@ class PreparedWeights:
         _check_shapes(len(objectives), self._eos, self._counts, self._log_p)
         posterior: list[int] = []
         paper: list[int] = []
-        for row, objective in enumerate(objectives):
+        for objective in {id(objective): objective for objective in objectives}.values():
             check_objective(objective, bins=bins, gamma=gamma, has_logprobs=self._log_p is not None)
+        for row, objective in enumerate(objectives):
             if objective is not None and objective.strength > 0.0:
                 (posterior if objective.method == "posterior" else paper).append(row)
         whole = slice(None)  # copies nothing
@@ -332,7 +333,9 @@ class _Posterior:
         bins: LengthBins | None,
     ) -> None:
         # Rows of one batch mostly want the same length and are as far: what they want of each bin is worked out once.
-        asked = [(*utility(objective), float(count)) for objective, count in zip(objectives, generated, strict=True)]
+        shapes = {id(objective): utility(objective) for objective in objectives}
+        counts = generated.tolist()
+        asked = [(*shapes[id(objective)], float(count)) for objective, count in zip(objectives, counts, strict=True)]
         alike = dict.fromkeys(asked)
         of_row = [0] * len(asked)
         if len(alike) > 1:

@@ -31,10 +31,11 @@ class _OneWrite:
             self._loop.call_soon(self._flush)
             return
         head, self._head = self._head, b""
-        if len(data) < _JOINED_BYTES:
-            self._transport.write(head + data)
-        else:
-            self._transport.writelines([head, data])
+        if head and len(data) < _JOINED_BYTES:
+            data, head = head + data, b""
+        if head:
+            self._transport.write(head)
+        self._transport.write(data)
 
     def _flush(self) -> None:
         head, self._head = self._head, b""

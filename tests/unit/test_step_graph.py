@@ -9,7 +9,7 @@ import pytest
 from lenvm.errors import InvalidRequestError
 from lenvm.modeling import LengthValueModel
 from lenvm.scoring import RowScore, ScoreRow, TorchScorer, step_graph
-from lenvm.scoring.step_graph import StepGraphs, _StepGraph
+from lenvm.scoring.step_graph import StepGraphs, StepNumbers, _StepGraph
 
 
 @pytest.fixture
@@ -74,6 +74,43 @@ def test_a_chosen_candidate_is_copied_from_where_the_step_before_left_it(
     ]
     assert sent[1]["lengths"].tolist() == [17, 5]
     assert (second[0].state.length, second[0].logits.tolist()) == (17, [8.0])
+
+
+def test_captures_that_lost_their_users_shrink_before_long_and_never_while_a_step_is_under_way(
+    scorer: TorchScorer, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a session store does it: all but one of a step's rows lose their candidates some steps later."""
+    under_way = False
+
+    def watched(self: StepNumbers) -> None:
+        nonlocal under_way
+        under_way = False
+
+    launch, compact = StepGraphs.launch, TorchScorer._compact
+
+    def launched(self: StepGraphs, *given: Any) -> StepNumbers:
+        nonlocal under_way
+        under_way = True
+        return launch(self, *given)
+
+    def compacted(self: TorchScorer) -> None:
+        assert not under_way
+        compact(self)
+
+    monkeypatch.setattr(StepNumbers, "wait", watched)
+    monkeypatch.setattr(StepGraphs, "launch", launched)
+    monkeypatch.setattr(TorchScorer, "_compact", compacted)
+    states = scorer.open([[1, 2], [3], [4], [5]])
+    answers = scorer.score([ScoreRow(state, (), [7, 8]) for state in states])
+    capture = answers[0].state.scored.capture  # type: ignore[attr-defined]
+    whole = capture.keys.shape[1]
+    kept, answers = answers[0], answers[1:]
+    for _ in range(16):
+        answers = scorer.score([ScoreRow(answer.state, [8], [7, 8]) for answer in answers])
+    assert capture.keys.shape[1] == 2 < whole
+    child = scorer.score([ScoreRow(kept.state, [8], [7, 8]), *(ScoreRow(x.state, [8], [7, 8]) for x in answers)])
+    assert child[0].logits.tolist() == [8.0]
+    assert sent[-1]["promotions"][0, 0] == capture.keys.data_ptr() + capture.keys.stride(1) * capture.keys.itemsize
 
 
 def test_fewer_rows_leave_nothing_of_the_step_before(scorer: TorchScorer, sent: list[dict[str, Any]]) -> None:

@@ -35,6 +35,7 @@ __all__ = ["TorchScorer", "TorchState"]
 _log = logging.getLogger(__name__)
 _LEAST_PREFIX = 128
 _NO_PROMOTION = (0, 0, 0, 0, 0)
+_COMPACT_EVERY = 16  # steps: captures that have lost users stay whole until then
 _STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of their own
 
 
@@ -206,6 +207,7 @@ class TorchScorer:
         self.model = model
         self.stats = ScorerStats()
         self._captures: weakref.WeakSet[_Capture] = weakref.WeakSet()  # those with several users
+        self._steps_since = 0  # captures were looked through
         self.token_budget = token_budget
         # Kept: reading a Hugging Face config takes microseconds, and every row of every call asks.
         self._context, self._vocab_size = model.context, int(model.decoder.config.vocab_size)
@@ -411,6 +413,7 @@ class TorchScorer:
         return blocks
 
     def _compact(self) -> None:
+        self._steps_since = 0
         # Here and not when a state goes: in a decoding loop all users of the last call go, and nothing is copied.
         for capture in list(self._captures):
             left = capture.left()
@@ -590,7 +593,6 @@ class TorchScorer:
                 logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at]
             states.append(TorchState(own, length, logit, bins))
         try:
-            self._compact()
             answers = self._answers(states, candidates, step)
             self._count(len(ids))
             self.stats.promoted += len(chosen) - chosen.count(-1)
@@ -598,6 +600,10 @@ class TorchScorer:
                 meanwhile()
         finally:
             step.wait()  # whatever happens: no other step may be launched before
+        # Not while the device is at work: a copy to it would wait for the step, and so would all that comes after.
+        self._steps_since += 1
+        if self._steps_since >= _COMPACT_EVERY:
+            self._compact()
         return answers
 
     def _answers(
@@ -605,15 +611,19 @@ class TorchScorer:
     ) -> list[RowScore]:
         capture = _Capture(step.kept[0], step.kept[1])
         has_bins = self.bins is not None
-        all_logits, all_bins = step.numbers[:, :, 0], step.numbers[:, :, 1:]
-        answers = []
+        rows = len(states)
+        all_logits, all_bins = list(step.numbers[:rows, :, 0]), list(step.numbers[:rows, :, 1:])
+        own_logits = np.array([state.logit for state in states])
+        answers, width, first = [], step.numbers.shape[1], 0
         for row, (state, its) in enumerate(zip(states, candidates, strict=True)):
-            count = len(its)
-            logits, bins = all_logits[row, :count], all_bins[row, :count] if has_bins else None
-            scored = state.scored = _Scored(tuple(its), logits, bins, capture, row * step.width)
+            count, logits, bins = len(its), all_logits[row], all_bins[row] if has_bins else None
+            if count < width:
+                logits, bins = logits[:count], None if bins is None else bins[:count]
+            scored = state.scored = _Scored(tuple(its), logits, bins, capture, first)
             capture.users.append(weakref.ref(scored))
             own = None if state.bin_logprobs is None else state.bin_logprobs[None]
-            answers.append(RowScore(state, np.array([state.logit]), own, logits, bins, state.length))
+            answers.append(RowScore(state, own_logits[row : row + 1], own, logits, bins, state.length))
+            first += step.width
         self._keep(capture)
         return answers
 

@@ -118,7 +118,7 @@ async def model_answer(
     name: str,
     flat: bool,
     deadline: float | None,
-    reservation: Reservation | None,
+    reservation: Reservation,
 ) -> dict[str, Any]:
     """Run the jobs among ``rows``: the answer of one model, with an entry for each row under ``name``.
 

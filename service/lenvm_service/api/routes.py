@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,7 +21,7 @@ from lenvm_service.api.errors import RequestError
 from lenvm_service.api.openapi import documented
 from lenvm_service.api.predictions import header_form, predict_many, predict_one, wants_headers
 from lenvm_service.api.service import Service
-from lenvm_service.engine.jobs import Result
+from lenvm_service.engine.jobs import Result, new_tokens
 from lenvm_service.errors import DrainingError, NotReadyError, PayloadTooLargeError
 
 __all__ = ["router"]
@@ -73,13 +74,11 @@ async def score(request: Request) -> Response:
     call = await service.offload(len(body), lambda: rows.read_score(body, limits.max_batch_rows))
     engine = service.engine(call.options.model)
     deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
-    # A step is read at once: there is nothing to tokenise, for which it would need room in the queue beforehand.
-    jobs = rows.step_jobs(call, limits.max_candidates, tenant) if service.reads_inline(len(body)) else None
-    with (
-        contextlib.nullcontext()
-        if jobs is not None
-        else engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline) as room
-    ):
+    # A step is read at once: there is nothing to tokenise.
+    steps = rows.step_jobs(call, limits.max_candidates, tenant) if service.reads_inline(len(body)) else None
+    tokens = rows.estimated_tokens(call.rows) if steps is None else sum(map(new_tokens, steps))
+    with engine.reserve(tokens, deadline=deadline) as room:
+        jobs: Sequence[rows.Row] | None = steps
         if jobs is None:
             jobs = await service.tokenized(
                 len(body),

@@ -205,9 +205,9 @@ def score_jobs(call: Call[ScoreOptions], tokenizer: Any, max_candidates: int, te
     return [_guarded(job, row) for row in call.rows]
 
 
-def step_jobs(call: Call[ScoreOptions], max_candidates: int, tenant: str = "") -> list[Row] | None:
+def step_jobs(call: Call[ScoreOptions], max_candidates: int, tenant: str = "") -> list[CandidateJob] | None:
     """``score_jobs`` for a decoding step whose every row is plainly as it should be; None for all else."""
-    jobs, ids = list[Row](), list[Any]()
+    jobs, ids = list[CandidateJob](), list[Any]()
     for row in call.rows:
         if (job := _plain_candidate_job(row, max_candidates, tenant, ids)) is None:
             return None

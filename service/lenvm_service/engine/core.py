@@ -168,7 +168,9 @@ class EngineCore:
                 ends = ends.union(job.eos_ids)
             work.terminal = terminal = list(map(ends.__contains__, job.candidates))
             work.row.candidates = list(compress(job.candidates, map(not_, terminal)))
-        if not work.known:
+        state, context = work.row.state, self.scorer.context
+        # What else a scorer looks at was looked at here, and a step has dozens of rows.
+        if not work.known and (state is None or work.prefix_tokens >= context or not isinstance(job, CandidateJob)):
             self.scorer.check(work.row)
         return work
 

@@ -16,7 +16,7 @@ from lenvm_service.prefix_cache import Chain
 __all__ = ["Session", "SessionStore"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Session:
     """What a handle stands for: a state of the scorer and the chain that its children go on from."""
 
@@ -27,7 +27,8 @@ class Session:
     @property
     def held_candidates(self) -> int:
         """Candidates whose keys and values the state still keeps for promotion."""
-        return len(self.state.scored.ids) if self.state.scored is not None else 0
+        scored = self.state.scored
+        return 0 if scored is None else len(scored.ids)
 
 
 class SessionStore:
@@ -76,23 +77,25 @@ class SessionStore:
 
     def put(self, chain: Chain, state: Any) -> str:
         """Keep ``state`` under the chain's handle, instead of an older state of the same prefix."""
-        older = self._sessions.pop(chain.handle, None)
+        handle = chain.handle
+        older = self._sessions.pop(handle, None)
         if older is not None:
             if older.held_candidates and state.scored is None:
                 state = older.state  # a prediction in between must not cost the next step its promotion
-            self._forget_candidates(chain.handle)
+            self._forget_candidates(handle)
         self.tick[0] += 1
-        session = self._sessions[chain.handle] = Session(state, chain, self.tick[0])
-        if session.held_candidates:
-            self._holding[chain.handle] = session.held_candidates
-            self._held += session.held_candidates
+        session = self._sessions[handle] = Session(state, chain, self.tick[0])
+        held = session.held_candidates
+        if held:
+            self._holding[handle] = held
+            self._held += held
         while self._held > self.max_candidates and len(self._holding) > 1:
             oldest = next(iter(self._holding))
             self._forget_candidates(oldest)
             self._sessions[oldest].state.scored = None
         while len(self._sessions) > self.max_sessions:
             self.evict()
-        return chain.handle
+        return handle
 
     def evict(self) -> bool:
         """Let go of the session that was used longest ago; False where there is none.
