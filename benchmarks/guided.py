@@ -5,8 +5,7 @@
 The shipped model's backbone generates ``--sequences`` answers of ``--tokens`` tokens from random prompts, EOS kept out
 so that all rows last. *Loop*: ``generate`` of transformers under ``lenvm_client.drivers.hf``, over ``LocalScorer``
 (which on a GPU does all of a step there) and over a ``Client`` of a ``lenvm serve``, each guided and unguided with the
-same sampler; *polled* over a client that polls for its answers. The ways take turns, and what is added is the
-difference of their medians from logits to the next forward.
+same sampler. The ways take turns, and what is added is the difference of their medians from logits to the next forward.
 ``step``: the scorer's part of it, as ``benchmarks/step.py`` measures it. Beside them: plain ``generate``, eager and
 (``--compile``) with a compiled static cache; and our own sampler, unguided and guided.
 """
@@ -34,7 +33,7 @@ from lenvm.guidance import Objective
 from lenvm.guides import ValueGuide
 from lenvm.modeling import LengthValueModel
 from lenvm.scoring import TorchScorer
-from lenvm_client import CandidateScorer, Client, DirectTransport
+from lenvm_client import CandidateScorer, Client
 from lenvm_client.drivers.hf import generate
 from lenvm_service.garbage import settle_garbage
 from lenvm_service.local import LocalScorer
@@ -199,7 +198,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of an answer; the prefix is 512 in the middle")
     parser.add_argument("--target", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--busy-poll-ms", type=float, default=20.0, help="of the client that polls for its answers")
     parser.add_argument("--cache-tokens", type=int, help="of the service")
     parser.add_argument("--compile", action="store_true", help="also generate with a compiled static cache")
     parser.add_argument("--report", type=Path)
@@ -223,7 +221,7 @@ def main() -> None:
         rng.integers(3, int(value.decoder.config.vocab_size), (options.sequences, options.prompt))
     ).to(device)
     found: dict[str, Any] = {"sequences": options.sequences, "candidates": options.candidates}
-    found |= {"prompt": options.prompt, "tokens": options.tokens, "busy_poll_ms": options.busy_poll_ms}
+    found |= {"prompt": options.prompt, "tokens": options.tokens}
     settle_garbage()
     step = scorer_step(value, options)
     middle = options.prompt + options.tokens // 2
@@ -238,18 +236,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         replica = Replica(Path(scratch), *flags, model=options.model).ready()
         try:
-            polls = DirectTransport(options.busy_poll_ms / 1e3)
-            with (
-                Client(replica.url, timeout=600, total_timeout=None) as client,
-                Client(replica.url, timeout=600, total_timeout=None, transport=polls) as polling,
-            ):
+            with Client(replica.url, timeout=600, total_timeout=None) as client:
                 local = LocalScorer(options.model, device=device, dtype=options.dtype)
-                scorers = {"in_process": local, "loopback": client, "loopback_polled": polling}
-                ways = loops(loop, scorers, options.rounds)
+                ways = loops(loop, {"in_process": local, "loopback": client}, options.rounds)
         finally:
             replica.stop()
     found["loop"] = ways
-    for name in scorers:
+    for name in ("in_process", "loopback"):
         found[f"added_ms_{name}"] = ways[name]["between"]["ms"] - ways[f"unguided_{name}"]["between"]["ms"]
     found["added_in_process_over_step"] = found["added_ms_in_process"] / step["ms"]
     found["added_floor_ratio"] = found["added_ms_in_process"] / floor
@@ -274,8 +267,7 @@ def main() -> None:
     print(
         f"guidance adds {found['added_ms_in_process']:.2f} ms in-process "
         f"({found['added_in_process_over_step']:.2f} x step, {found['added_floor_ratio']:.1f} x the floor), "
-        f"{found['added_ms_loopback']:.2f} ms over loopback, "
-        f"{found['added_ms_loopback_polled']:.2f} where the client polls"
+        f"{found['added_ms_loopback']:.2f} ms over loopback"
     )
     merge(options.report, {"guided": found}, device)
 

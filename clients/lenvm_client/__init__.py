@@ -28,7 +28,6 @@ from lenvm_client.errors import (
 if TYPE_CHECKING:
     from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow
     from lenvm_client._text import TextAdapter
-    from lenvm_client._transport import DirectTransport
     from lenvm_client._types import (
         CandidateInput,
         CandidateScorer,
@@ -97,7 +96,6 @@ __all__ = [
     "CompletionInput",
     "ContextTooLongError",
     "DeadlineExceededError",
-    "DirectTransport",
     "DrainingError",
     "Estimate",
     "FeedbackItem",
@@ -165,7 +163,6 @@ _LAZY = {
     "CandidateScores": "lenvm_client._types",
     "Client": "lenvm_client.client",
     "CompletionInput": "lenvm_client._types",
-    "DirectTransport": "lenvm_client._transport",
     "Estimate": "lenvm_client.scheduling",
     "FeedbackItem": "lenvm_client._types",
     "FeedbackResponse": "lenvm_client._types",

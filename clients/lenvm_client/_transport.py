@@ -18,9 +18,7 @@ from urllib.request import getproxies
 
 import httpx2
 
-from lenvm_client.errors import InvalidRequestError
-
-__all__ = ["MEANWHILE", "DirectTransport", "direct"]
+__all__ = ["MEANWHILE", "Direct", "direct"]
 
 MEANWHILE = "lenvm_meanwhile"
 """Extension of a request: called once it was written, while its answer is awaited."""
@@ -31,7 +29,6 @@ _MOST_IDLE = 20
 _IDLE_S = 5.0
 _HEAD_BYTES = 128 * 1024
 _PIECE = 1 << 18
-_LONGEST_POLL_S = 1.0
 
 
 def direct(url: httpx2.URL) -> httpx2.BaseTransport | None:
@@ -39,39 +36,23 @@ def direct(url: httpx2.URL) -> httpx2.BaseTransport | None:
     if url.scheme != "http" or any(name in getproxies() for name in ("http", "all")):
         return None
     try:
-        return DirectTransport()
+        import httptools
     except ImportError:
         return None
+    return Direct(httptools)
 
 
-class DirectTransport(httpx2.BaseTransport):
-    """HTTP/1.1 without TLS or proxies; connections are kept. Thread-safe; needs ``httptools``.
+class Direct(httpx2.BaseTransport):
+    """HTTP/1.1 without TLS or proxies; connections are kept. Thread-safe. ``parsers``: the module ``httptools``."""
 
-    Args:
-        busy_poll_s: for so long an answer is polled for before its thread sleeps. For a decoding loop on a host of many
-            cores, and on a virtual machine above all: a core that slept takes its time to wake, and its caches are
-            cold. A core is busy meanwhile.
-
-    Raises ImportError without ``httptools``; InvalidRequestError for what are no seconds.
-    """
-
-    def __init__(self, busy_poll_s: float = 0.0) -> None:
-        import httptools
-
-        if not isinstance(busy_poll_s, int | float) or not 0.0 <= busy_poll_s <= _LONGEST_POLL_S:
-            problem = f"busy_poll_s must be seconds from 0 to {_LONGEST_POLL_S:g}, not {busy_poll_s!r}"
-            raise InvalidRequestError(problem, param="busy_poll_s")
-
-        self._parsers: Any = httptools
-        self._busy_poll_s = busy_poll_s
+    def __init__(self, parsers: Any) -> None:
+        self._parsers = parsers
         self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
         self._idle: deque[_Connection] = deque()
         self._closed = False
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send, and read up to the end of the header fields. Raises the library's transport errors."""
-        if request.url.scheme != "http":
-            raise httpx2.UnsupportedProtocol("this transport speaks plain http alone", request=request)
         limits = request.extensions.get("timeout", {})
         if not self._room.acquire(timeout=-1 if limits.get("pool") is None else limits["pool"]):
             raise httpx2.PoolTimeout("no connection was free", request=request)
@@ -85,8 +66,6 @@ class DirectTransport(httpx2.BaseTransport):
                 meanwhile()
             answer = _Answer(self._parsers, connection, request)
             try:
-                if self._busy_poll_s:
-                    connection.poll(self._busy_poll_s, limits)
                 answer.read_head()
             except httpx2.TransportError:
                 if broken is not None:
@@ -185,20 +164,6 @@ class _Connection:
             self._socket.settimeout(limit)
             self._limit = limit
 
-    def poll(self, seconds: float, limits: Mapping[str, Any]) -> None:
-        """Until the first bytes are there or the time is over."""
-        read = limits.get("read")
-        until = time.monotonic() + (seconds if read is None else min(seconds, read))
-        self._wait_for(0.0)
-        with contextlib.suppress(OSError):  # of whatever there is to be told, the next ``receive`` tells
-            while time.monotonic() < until:
-                try:
-                    self._socket.recv(1, socket.MSG_PEEK)
-                    break
-                except BlockingIOError:
-                    continue
-        self._wait_for(read)
-
     def receive(self, request: httpx2.Request) -> bytes:
         """Some bytes; none at the end."""
         try:
@@ -296,7 +261,7 @@ class _Answer:
 class _Body(httpx2.SyncByteStream):
     """The pieces of a body; closed, its connection goes back."""
 
-    def __init__(self, transport: DirectTransport, answer: _Answer) -> None:
+    def __init__(self, transport: Direct, answer: _Answer) -> None:
         self._transport, self._answer, self._open = transport, answer, True
 
     def __iter__(self) -> Iterator[bytes]:

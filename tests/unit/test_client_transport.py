@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httptools
 import httpx2
 import pytest
 
-from lenvm_client import Client, InvalidRequestError, LenVMClientError, ServiceTimeoutError, ServiceUnreachableError
-from lenvm_client._transport import MEANWHILE, DirectTransport, direct
+from lenvm_client import Client, InvalidRequestError, ServiceTimeoutError, ServiceUnreachableError
+from lenvm_client._transport import MEANWHILE, Direct, direct
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
 
@@ -65,7 +66,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client() -> Iterator[httpx2.Client]:
-    with httpx2.Client(transport=DirectTransport(), timeout=5.0) as made:
+    with httpx2.Client(transport=Direct(httptools), timeout=5.0) as made:
         yield made
 
 
@@ -206,7 +207,7 @@ def test_idle_connections_do_not_stay(server: Server, client: httpx2.Client) -> 
 
 def test_a_connection_in_use_goes_with_its_answer_once_the_client_is_closed(server: Server) -> None:
     server.script = [[OK[:-2], 0.05, OK[-2:]]]
-    transport = DirectTransport()
+    transport = Direct(httptools)
     answer = transport.handle_request(httpx2.Request("POST", server.url, content=b""))
     transport.close()
     assert answer.read() == b"hi"
@@ -262,35 +263,6 @@ def test_meanwhile_comes_after_the_request_and_before_its_answer(server: Server,
     assert (answer.content, seen) == (b"hi", [1])
 
 
-@pytest.mark.parametrize(("wait", "poll"), [(0.0, 0.5), (0.05, 0.5), (0.1, 0.02)])
-def test_polling_finds_the_same_answers(server: Server, wait: float, poll: float) -> None:
-    server.script = [[wait, OK[:20], wait, OK[20:]], [None], [OK], [1.0]]
-    transport = DirectTransport(busy_poll_s=poll)
-    with httpx2.Client(transport=transport, timeout=5.0) as client:
-        begun, busy = time.monotonic(), time.thread_time()
-        assert client.post(server.url, content=b"").content == b"hi"
-        assert time.monotonic() - begun >= wait
-        assert time.thread_time() - busy <= poll + 0.05
-        with pytest.raises(httpx2.RemoteProtocolError):
-            client.post(server.url, content=b"")
-        assert client.post(server.url, content=b"").content == b"hi"
-        with pytest.raises(httpx2.ReadTimeout):
-            client.post(server.url, content=b"", timeout=0.1)
-
-
-@pytest.mark.parametrize("seconds", [-1, 2.0, float("nan"), "1", None])
-def test_what_are_no_seconds_to_poll_for_is_refused(seconds: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="busy_poll_s"):
-        DirectTransport(busy_poll_s=seconds)
-
-
-def test_it_is_for_plain_http() -> None:
-    with Client("https://127.0.0.1:1", transport=DirectTransport()) as client, pytest.raises(LenVMClientError) as told:
-        client.info()
-    assert "plain http" in str(told.value)
-    assert not told.value.retryable
-
-
 def test_connections_of_many_threads(server: Server, client: httpx2.Client) -> None:
     server.script = [[0.05, OK] for _ in range(40)]
     found: list[bytes] = []
@@ -309,7 +281,7 @@ def test_connections_of_many_threads(server: Server, client: httpx2.Client) -> N
 def test_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert isinstance(direct(httpx2.URL("http://127.0.0.1:8000")), DirectTransport)
+    assert isinstance(direct(httpx2.URL("http://127.0.0.1:8000")), Direct)
     assert direct(httpx2.URL("https://127.0.0.1:8000")) is None
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
     assert direct(httpx2.URL("http://127.0.0.1:8000")) is None
