@@ -140,6 +140,10 @@ def test_figures_of_guidance_and_layers() -> None:
     guided = metrics["guided"]
     assert f"{guided['added_ms_in_process']:.1f} ms, {guided['added_in_process_over_step']:.2f} times" in text
     assert f"{guided['added_ms_loopback']:.1f} over loopback" in text
+    eager, compiled = (guided["generate"][way]["ms"] for way in ("eager", "compiled"))
+    assert f"takes {eager:.1f} ms eager and {compiled:.1f} with a compiled static cache" in text
+    prefill = metrics["prefill"]
+    assert f"**{prefill['tokens_per_s']:,.0f} tokens a second**, {prefill['ratio']:.1f} times" in text
     profile = metrics["http_profile"]
     for row in profile["layers"].values():
         workers = f"{row['workers_us']:,.0f} us" if row["workers_us"] else ""
