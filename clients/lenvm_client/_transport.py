@@ -54,7 +54,7 @@ class Direct(httpx2.BaseTransport):
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send, and read up to the end of the header fields. Raises the library's transport errors."""
         limits = request.extensions.get("timeout", {})
-        if not self._room.acquire(timeout=-1 if limits.get("pool") is None else limits["pool"]):
+        if not self._room.acquire(timeout=limits.get("pool")):
             raise httpx2.PoolTimeout("no connection was free", request=request)
         connection = None
         try:
@@ -100,6 +100,8 @@ class Direct(httpx2.BaseTransport):
         if answer.reusable and answer.usable and len(self._idle) < _MOST_IDLE and not self._closed:
             connection.since = now
             self._idle.append(connection)
+            if self._closed:  # by another thread, just now
+                self.close()
         else:
             connection.close()
         self._room.release()
@@ -128,11 +130,12 @@ class _Connection:
         self.origin, self.since = origin, 0.0
         try:
             self._socket = socket.create_connection(origin, limits.get("connect"))
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except TimeoutError as error:
             raise httpx2.ConnectTimeout(str(error), request=request) from error
         except OSError as error:
             raise httpx2.ConnectError(str(error), request=request) from error
+        with contextlib.suppress(OSError):  # it saves time alone; a connection that is broken already shows at once
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._limit = limits.get("connect")
 
     def is_open(self) -> bool:

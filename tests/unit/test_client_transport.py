@@ -263,6 +263,24 @@ def test_meanwhile_comes_after_the_request_and_before_its_answer(server: Server,
     assert (answer.content, seen) == (b"hi", [1])
 
 
+def test_without_a_limit_a_request_waits_for_a_place(server: Server) -> None:
+    server.script = [[0.1, OK], [OK]]
+    transport = Direct(httptools)
+    transport._room = threading.BoundedSemaphore(1)
+    with httpx2.Client(transport=transport, timeout=None) as client:
+        found: list[bytes] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(client.post(server.url, content=b"").content))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [b"hi"] * 2
+    assert server.connections == 1
+
+
 def test_connections_of_many_threads(server: Server, client: httpx2.Client) -> None:
     server.script = [[0.05, OK] for _ in range(40)]
     found: list[bytes] = []

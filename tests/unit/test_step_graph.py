@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -111,6 +112,28 @@ def test_captures_that_lost_their_users_shrink_before_long_and_never_while_a_ste
     child = scorer.score([ScoreRow(kept.state, [8], [7, 8]), *(ScoreRow(x.state, [8], [7, 8]) for x in answers)])
     assert child[0].logits.tolist() == [8.0]
     assert sent[-1]["promotions"][0, 0] == capture.keys.data_ptr() + capture.keys.stride(1) * capture.keys.itemsize
+
+
+def test_a_state_does_not_keep_the_numbers_of_its_whole_step(scorer: TorchScorer, sent: list[dict[str, Any]]) -> None:
+    (state,) = scorer.open([[1, 2]])
+    (first,) = scorer.score([ScoreRow(state, (), [7, 8])])
+    (second,) = scorer.score([ScoreRow(first.state, [8], [7, 8])])
+    bins = second.state.bin_logprobs  # type: ignore[attr-defined]
+    assert bins is not None
+    assert bins.base is None
+    assert bins.tolist() == [8.0] * len(bins)
+
+
+def test_a_step_that_cannot_be_read_back_is_no_step(
+    scorer: TorchScorer, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (state,) = scorer.open([[1, 2]])
+    with monkeypatch.context() as patch:
+        patch.setattr(step_graph.torch, "empty", Mock(side_effect=MemoryError("pinned memory")))
+        with pytest.raises(MemoryError):
+            scorer.score([ScoreRow(state, (), [7, 8])])
+    (answer,) = scorer.score([ScoreRow(state, (), [7, 9])])
+    assert answer.candidate_logits.tolist() == [7.0, 9.0]
 
 
 def test_fewer_rows_leave_nothing_of_the_step_before(scorer: TorchScorer, sent: list[dict[str, Any]]) -> None:

@@ -162,11 +162,17 @@ class _StepGraph:
                 self.host_tables[row, : len(own)] = own
                 self.written[row] = own
         self.step()
-        # Memory of its own for each step, which its states keep as long as they like: the host copies nothing.
-        received = torch.empty(self.rows, self.width, self.numbers.shape[-1], dtype=torch.float64, pin_memory=on_gpu)
-        received.view(self.numbers.shape).copy_(self.numbers, non_blocking=True)
-        if self.done is not None:
-            self.done.record()
-        # The next replay fills the buffer anew, and states keep what they were scored with. Nobody waits for this.
-        kept = self.kept.clone()
+        try:
+            # Memory of its own for each step, which its states keep as long as they like: the host copies nothing.
+            shape = (self.rows, self.width, self.numbers.shape[-1])
+            received = torch.empty(shape, dtype=torch.float64, pin_memory=on_gpu)
+            received.view(self.numbers.shape).copy_(self.numbers, non_blocking=True)
+            if self.done is not None:
+                self.done.record()
+            # The next replay fills the buffer anew, and states keep what they were scored with. Nobody waits for this.
+            kept = self.kept.clone()
+        except BaseException:
+            if on_gpu:  # or the next step's inputs could be written while this one still reads its own
+                torch.cuda.synchronize(self.pool.device)
+            raise
         return StepNumbers(received.numpy(), kept, self.width, self.done)

@@ -590,7 +590,8 @@ class TorchScorer:
             logit, bins = before.logit, before.bin_logprobs
             if at >= 0:
                 scored = before.scored
-                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at]
+                # A copy: a handle that lives long must not keep all numbers of its step alive.
+                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at].copy()
             states.append(TorchState(own, length, logit, bins))
         try:
             answers = self._answers(states, candidates, step)
