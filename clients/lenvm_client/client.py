@@ -54,7 +54,8 @@ class Client(Base):
             that are marked ``retryable``. ``feedback`` counts twice what it is told twice: it is made again only where
             nothing was sent, or after 429 and 503.
         retry_timeouts: also after a time-out.
-        transport: an ``httpx2`` transport, e.g. ``MockTransport``.
+        transport: an ``httpx2`` transport, e.g. ``MockTransport``. By default plain http without proxies goes through a
+            quicker one than the library's, where ``httptools`` is installed (what serving takes brings it).
         headers: sent with every request; printable ASCII.
 
     Every call takes ``request_id`` (sent as ``x-request-id``; the answer's own is in ``answer.request_id``) and, for
