@@ -261,7 +261,7 @@ class PreparedWeights:
             self._bins is not None
             and len(self._groups) == 1
             and self._groups[0][0] == slice(None)
-            and (self._groups[0][2] is not None)
+            and self._groups[0][2] is not None
         )
 
     def of_scored(self, places: NDArray[np.intp], bin_logprobs: FloatArray) -> FloatArray:

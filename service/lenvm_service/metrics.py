@@ -191,6 +191,7 @@ class EngineMetrics:
         metrics.ready.labels(model).set(0)
         metrics.failures.labels(model)
         metrics.queue_tokens.labels(model).set(0)
+        metrics.queue_seconds.labels(model)
         for counter in (metrics.shared_corrupt, metrics.shared_results, metrics.shared_written, metrics.evictions):
             counter.labels(model)
         for reason in ("queue", "error", "breaker", "quota"):

@@ -70,6 +70,14 @@ def client() -> Iterator[httpx2.Client]:
         yield made
 
 
+def side_by_side(count: int, work: Callable[[], Any]) -> None:
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def idle(client: httpx2.Client) -> int:
     transport: Any = client._transport
     return len(transport._idle)
@@ -192,11 +200,7 @@ def test_header_fields_have_an_end(server: Server, client: httpx2.Client) -> Non
 
 def test_idle_connections_do_not_stay(server: Server, client: httpx2.Client) -> None:
     server.script = [[0.05, OK] for _ in range(5)]
-    threads = [threading.Thread(target=lambda: client.post(server.url, content=b"")) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(4, lambda: client.post(server.url, content=b""))
     assert idle(client) > 1
     transport: Any = client._transport
     for connection in transport._idle:
@@ -269,14 +273,7 @@ def test_without_a_limit_a_request_waits_for_a_place(server: Server) -> None:
     transport._room = threading.BoundedSemaphore(1)
     with httpx2.Client(transport=transport, timeout=None) as client:
         found: list[bytes] = []
-        threads = [
-            threading.Thread(target=lambda: found.append(client.post(server.url, content=b"").content))
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        side_by_side(2, lambda: found.append(client.post(server.url, content=b"").content))
     assert found == [b"hi"] * 2
     assert server.connections == 1
 
@@ -284,14 +281,7 @@ def test_without_a_limit_a_request_waits_for_a_place(server: Server) -> None:
 def test_connections_of_many_threads(server: Server, client: httpx2.Client) -> None:
     server.script = [[0.05, OK] for _ in range(40)]
     found: list[bytes] = []
-    threads = [
-        threading.Thread(target=lambda: found.extend(client.post(server.url, content=b"").content for _ in range(5)))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(8, lambda: found.extend(client.post(server.url, content=b"").content for _ in range(5)))
     assert found == [b"hi"] * 40
     assert 1 < server.connections <= 8
 

@@ -53,6 +53,8 @@ def test_loading_warms_up_and_leaves_nothing_behind(engine: Engine, metrics: Met
     assert engine.core.scorer.stats.forwards > 0
     assert engine.core.scorer.pool.used_blocks == 0
     assert sample(metrics, "lenvm_engine_ready") == 1
+    for name in ("lenvm_queue_tokens", "lenvm_queue_wait_seconds_count"):  # there from the start: for alerts
+        assert metrics.registry.get_sample_value(name, {"model": "tiny"}) == 0
     found = engine.describe()
     assert found["eos_ids"] == [EOS]
     assert (found["vocab_size"], found["context"], found["cap"]) == (128, 512, 64)
