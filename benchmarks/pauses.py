@@ -29,7 +29,7 @@ from _instant import InstantEngine
 
 from lenvm.config import LenVMConfig
 from lenvm.scoring import RowScore, ScoreRow, TorchScorer
-from lenvm.scoring.torch_scorer import TorchState, _Held
+from lenvm.scoring.torch_state import Held, TorchState
 from lenvm_service import garbage
 from lenvm_service.engine import EngineOptions, PredictJob, Prefix
 from lenvm_service.server import share_interpreter
@@ -46,7 +46,7 @@ class SleepingScorer(TorchScorer):
         if meanwhile is not None:
             meanwhile()
         pool, width = self.pool, self.bins.size if self.bins else 0
-        held = [_Held(pool, pool.fork([], 0, len(row.append))) for row in rows]
+        held = [Held(pool, pool.fork([], 0, len(row.append))) for row in rows]
         time.sleep(max(0.0, due - time.perf_counter()))
         found = []
         for row, own, numbers in zip(rows, held, np.full((len(rows), 1 + width), -4.0), strict=True):

@@ -216,8 +216,9 @@ class Core:
         """All rows in one call, unless that passes the service's limits."""
         batches: list[Batch] = []
         size = 0
+        plain = self.text is None and self.max_append == 1
         for x in rows:
-            item = self._input(x)
+            item = (plain and self._plain_input(x)) or self._input(x)
             # An upper guess.
             bytes_ = 512 + 8 * (len(item.token_ids or ()) + len(item.eos_ids)) + 40 * len(x.ids)
             if not batches or len(batches[-1][0]) >= self.max_batch_rows or size + bytes_ > self.max_body_bytes:
@@ -242,6 +243,30 @@ class Core:
             same = self.text is None and self.max_append == 1
             x.digests = [x.parent, x.digest] if same else digests(x.view.prefix, self.max_append)
         return x.view
+
+    def _plain_input(self, x: Live) -> CandidateInput | None:
+        """What nearly every row of a generation asks for: its own candidates, after the one token that its parent's
+        session lacks. None for any other row."""
+        row, objective = x.row, x.row.objective
+        if objective is None or x.resent or objective.get("kind") == "scale" or "unit" in objective:
+            return None
+        session = self._sessions.get(x.parent)
+        if session is None or x.digest in self._sessions:
+            return None
+        x.used = x.parent
+        asked = object.__new__(CandidateInput)
+        asked.__dict__.update(
+            _NOTHING_ASKED,
+            candidates=x.ids,
+            logprobs=x.logprobs if _reads_logprobs(objective) else None,
+            generated=row.generated,
+            objective=objective,
+            eos_ids=self._ends(row),
+            return_values=False,
+            session=session,
+            append=(int(row.prefix[-1]),),
+        )
+        return asked
 
     def _input(self, x: Live) -> CandidateInput:
         view = self._view(x)
@@ -295,10 +320,10 @@ class Core:
                 elif self._fail_row(x, answer.to_exception()):
                     again.append(x)
                 continue
-            view, weights = self._view(x), answer.log_weights
-            if weights is None or len(weights) != len(view.candidates) or not all(map(math.isfinite, weights)):
-                raise BadAnswerError(f"row {x.at} needs {len(view.candidates)} finite log_weights, one a candidate")
-            digest = x.prompt if x.boundary else x.digests[-1]
+            view, weights = x.view, answer.log_weights
+            if weights is None or len(weights) != len(sent.candidates) or not all(map(math.isfinite, weights)):
+                raise BadAnswerError(f"row {x.at} needs {len(sent.candidates)} finite log_weights, one a candidate")
+            digest = x.digest if view is None else x.prompt if x.boundary else x.digests[-1]
             if answer.session is not None:
                 self._sessions.put(digest, answer.session)
             if sent.objective is not None and sent.objective.get("kind") == "scale":
@@ -306,7 +331,7 @@ class Core:
                     raise BadAnswerError(f"row {x.at}: a scale was not resolved to a tilt")
                 self._tilts.put((digest, x.lineage[1]), answer.objective)
             if not x.boundary:
-                x.weights = view.spread(weights)
+                x.weights = tuple(weights) if view is None else view.spread(weights)
         return again
 
     def _fail(self, batch: Sequence[Live], error: LenVMClientError) -> None:

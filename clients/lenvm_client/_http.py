@@ -54,6 +54,7 @@ class Base:
         self.timeout = _checked(timeout)
         self.policy = RetryPolicy(max_retries=max_retries, retry_timeouts=retry_timeouts, total_s=total_timeout)
         self._urls: dict[str, httpx2.URL] = {}
+        self._columns = True  # until a service turns out not to know them
         # Seams of the tests.
         self._clock = time.monotonic
         self._draw = random.random

@@ -43,6 +43,9 @@ class Recent(Generic[K, V]):
         while len(self._items) > self._size:
             self._items.popitem(last=False)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._items
+
     def drop(self, key: K) -> None:
         self._items.pop(key, None)
 

@@ -24,7 +24,7 @@ from lenvm_client._types import (
     FeedbackItem,
     PredictInput,
     RowError,
-    ScoreResponse,
+    TokenScores,
 )
 from lenvm_client.errors import (
     BadAnswerError,
@@ -46,6 +46,7 @@ __all__ = [
     "Wait",
     "candidate_inputs",
     "candidate_scores",
+    "dump",
     "error_of",
     "exchange",
     "input_rows",
@@ -86,12 +87,16 @@ class Call(Generic[T]):
             data = load_json(reply.content)
             if isinstance(data, dict) and request_id is not None:
                 data["request_id"] = request_id
-            answer = decode(self.answer, data)
-            if self.rows_field is not None:
-                self._check_rows(answer, self.rows_field)
+            answer = self._decoded(data)
         except BadAnswerError as error:
             error.status, error.request_id = reply.status, request_id
             raise
+        return answer
+
+    def _decoded(self, data: Any) -> T:
+        answer = decode(self.answer, data)
+        if self.rows_field is not None:
+            self._check_rows(answer, self.rows_field)
         return answer
 
     def _check_rows(self, answer: Any, field: str) -> None:
@@ -205,7 +210,7 @@ def make_call(
         return Call(method, path, answer)
     fields = {name: plain for name, value in body.items() if (plain := _plain(value)) is not None}
     rows = next((len(fields[name]) for name in ("inputs", "items") if name in fields), 1)
-    content = _dump(fields)
+    content = dump(fields)
     return Call(method, path, answer, content, rows_field, rows, len(fields.get("models", ())), repeatable)
 
 
@@ -270,7 +275,7 @@ def _foreign(value: Any) -> Any:
 _encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_foreign)
 
 
-def _dump(body: Any) -> bytes:
+def dump(body: Any) -> bytes:
     """JSON without spaces. Arrays of any library go through their ``tolist``."""
     try:
         return _encoder.encode(body).encode()
@@ -308,10 +313,12 @@ def candidate_inputs(rows: Iterable[CandidateInput | Mapping[str, Any]]) -> list
     return found
 
 
-def candidate_scores(response: ScoreResponse, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
+def candidate_scores(
+    answered: Sequence[TokenScores | CandidateScores | RowError], rows: Sequence[CandidateInput]
+) -> list[CandidateScores | RowError]:
     """The answer's rows as a candidate scorer gives them, checked against what was asked. Raises BadAnswerError."""
     scores: list[CandidateScores | RowError] = []
-    for row, score in zip(rows, response.scores, strict=True):
+    for row, score in zip(rows, answered, strict=True):
         if isinstance(score, CandidateScores):
             sizes = {len(score.values), len(score.horizons)} if row.return_values else set()
             sizes |= set() if score.log_weights is None else {len(score.log_weights)}

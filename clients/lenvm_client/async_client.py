@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar, overload
@@ -11,6 +12,7 @@ import httpx2
 
 from lenvm_client import _calls as calls
 from lenvm_client._calls import Inputs, ScoreInputs
+from lenvm_client._columns import step_call
 from lenvm_client._http import Base, Headers, Timeout, reply_of, settings, too_slow, transport_error
 from lenvm_client._types import (
     CandidateInput,
@@ -29,7 +31,7 @@ from lenvm_client._types import (
     TokenizeResponse,
 )
 from lenvm_client._wire import Call, Reply, RetryPolicy, Wait, candidate_inputs, candidate_scores
-from lenvm_client.errors import LenVMClientError
+from lenvm_client.errors import InvalidRequestError, LenVMClientError
 from lenvm_client.tracking import AsyncTracker
 
 __all__ = ["AsyncClient"]
@@ -216,7 +218,13 @@ class AsyncClient(Base):
             return []
         inputs = candidate_inputs(rows)
         options = calls.options(self.model, model, generator, deadline_ms, priority)
-        return candidate_scores(await self._run(calls.score(inputs, options), request_id, timeout, headers), inputs)
+        step = step_call(inputs, options) if self._columns else None
+        if step is not None:
+            with contextlib.suppress(InvalidRequestError):
+                return await self._run(step, request_id, timeout, headers)
+        answer = await self._run(calls.score(inputs, options), request_id, timeout, headers)
+        self._columns = self._columns and step is None  # a service of before they were, which takes the rows
+        return candidate_scores(answer.scores, inputs)
 
     async def tokenize(
         self,

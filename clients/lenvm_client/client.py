@@ -11,6 +11,7 @@ import httpx2
 
 from lenvm_client import _calls as calls
 from lenvm_client._calls import Inputs, ScoreInputs
+from lenvm_client._columns import step_call
 from lenvm_client._http import Base, Headers, Timeout, reply_of, settings, too_slow, transport_error
 from lenvm_client._transport import MEANWHILE, direct
 from lenvm_client._types import (
@@ -30,7 +31,7 @@ from lenvm_client._types import (
     TokenizeResponse,
 )
 from lenvm_client._wire import Call, Reply, RetryPolicy, Send, Wait, candidate_inputs, candidate_scores
-from lenvm_client.errors import LenVMClientError
+from lenvm_client.errors import InvalidRequestError, LenVMClientError
 from lenvm_client.tracking import Tracker
 
 __all__ = ["Client"]
@@ -257,7 +258,26 @@ class Client(Base):
             return []
         inputs = candidate_inputs(rows)
         options = calls.options(self.model, model, generator, deadline_ms, priority)
-        return candidate_scores(self._run(calls.score(inputs, options), request_id, timeout, headers), inputs)
+        return self._candidates(inputs, options, request_id, timeout, headers)
+
+    def _candidates(
+        self,
+        inputs: Sequence[CandidateInput],
+        options: Mapping[str, Any],
+        request_id: str | None = None,
+        timeout: Timeout = None,
+        headers: Headers | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[CandidateScores | RowError]:
+        step = step_call(inputs, options) if self._columns else None
+        if step is not None:
+            try:
+                return self._run(step, request_id, timeout, headers, meanwhile=meanwhile)
+            except InvalidRequestError:
+                meanwhile = None
+        answer = self._run(calls.score(inputs, options), request_id, timeout, headers, meanwhile=meanwhile)
+        self._columns = self._columns and step is None  # a service of before they were, which takes the rows
+        return candidate_scores(answer.scores, inputs)
 
     def _score_overlapped(
         self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
@@ -266,8 +286,7 @@ class Client(Base):
         awaited; not where another transport than the client's own sends the request."""
         if type(self).score_candidates is not Client.score_candidates:  # a subclass has its own
             return self.score_candidates(rows)
-        call = calls.score(rows, calls.options(self.model, None, None, None, None))
-        return candidate_scores(self._run(call, meanwhile=meanwhile), rows)
+        return self._candidates(rows, calls.options(self.model, None, None, None, None), meanwhile=meanwhile)
 
     def tokenize(
         self,

@@ -137,6 +137,8 @@ def _canned(request: MockRequest) -> Answer:
             results = [{**found, "index": at, "model": model} for at, model in enumerate(body["models"])]
             return {"results": results, "timings_ms": tail["timings_ms"]}
         return found
+    if request.path.endswith("/score") and "columns" in body:
+        return {**head, "columns": _columns(body["columns"]), "errors": [], **tail}
     if request.path.endswith("/score"):
         scores = [(_candidates if "candidates" in row else _completion)(at, row) for at, row in enumerate(rows)]
         return {**head, "scores": scores, **tail}
@@ -205,6 +207,20 @@ def _completion(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
         "horizons": [_HORIZON] * (len(ids) + 1),
         "length_shifts": [(1 - _GAMMA) * (1 + _VALUE)] * len(ids),
     }
+
+
+def _columns(columns: Mapping[str, Any]) -> dict[str, list[Any]]:
+    count, objective = len(columns["session"]), columns.get("objective")
+    wanted = objective if isinstance(objective, list) else [objective] * count
+    appended = columns.get("append") or [[]] * count
+    rows = [
+        _candidates(at, {"session": session, "append": new, "candidates": ids, "objective": its})
+        for at, (session, new, ids, its) in enumerate(
+            zip(columns["session"], appended, columns["candidates"], wanted, strict=True)
+        )
+    ]
+    names = ("prefix_tokens", "cached_tokens", "value", "horizon", "log_weights", "session", "objective")
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def _candidates(index: int, row: Mapping[str, Any]) -> dict[str, Any]:

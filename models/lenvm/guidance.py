@@ -335,9 +335,12 @@ class _Posterior:
         # Rows of one batch mostly want the same length and are as far: what they want of each bin is worked out once.
         shapes = {id(objective): utility(objective) for objective in objectives}
         counts = generated.tolist()
-        asked = [(*shapes[id(objective)], float(count)) for objective, count in zip(objectives, counts, strict=True)]
+        if len(shapes) == 1 and counts.count(counts[0]) == len(counts):  # and broadcast
+            asked = [(*utility(objectives[0]), float(counts[0]))]
+        else:
+            asked = [(*shapes[id(objective)], float(each)) for objective, each in zip(objectives, counts, strict=True)]
         alike = dict.fromkeys(asked)
-        of_row = [0] * len(asked)
+        of_row = [0] * len(objectives)
         if len(alike) > 1:
             number = {each: at for at, each in enumerate(alike)}
             of_row = [number[each] for each in asked]
@@ -373,13 +376,16 @@ class _Posterior:
     def expected(self, bin_logp: FloatArray, rows: NDArray[np.intp]) -> FloatArray:
         """``log sum_l P(l) u(g + l)`` [S] for bin log-probs [S, n] of candidates of these rows [S]."""
         assert self._log_u is not None
-        of_row = self._of_row[rows]
+        # One product where all rows want the same of each bin, as those of one batch mostly do.
+        of_row = self._of_row[rows] if len(self._u) > 1 else None
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            mean = np.einsum("sn,sn->s", np.exp(bin_logp), self._u[of_row])
-            raw: FloatArray = self._peak[of_row] + np.log(mean)
+            p = np.exp(bin_logp)
+            # Not by BLAS, whose sums hang on how many rows there are.
+            mean = np.einsum("sn,n->s" if of_row is None else "sn,sn->s", p, self._u[0 if of_row is None else of_row])
+            raw: FloatArray = (self._peak[0] if of_row is None else self._peak[of_row]) + np.log(mean)
             # Where next to nothing is left of the product the sum is taken in logs; that takes twice as long.
             if len(small := np.flatnonzero(~(mean > _TINY))):
-                terms = bin_logp[small] + self._log_u[of_row[small]]
+                terms = bin_logp[small] + self._log_u[0 if of_row is None else of_row[small]]
                 peak = terms.max(axis=-1, keepdims=True)
                 peak = np.where(np.isfinite(peak), peak, 0.0)
                 raw[small] = peak[:, 0] + np.log(np.exp(terms - peak).sum(axis=-1))

@@ -9,7 +9,7 @@ from typing import Any
 from lenvm.config import BackboneRef, GeneratorRef, HeadConfig, LenVMConfig
 from lenvm.distribution import LengthBins
 from lenvm.errors import InvalidRequestError, LenVMError
-from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Reply, TokenScoreJob
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Reply, StepJob, TokenScoreJob, folded
 from lenvm_service.engine.queueing import Reservation
 from lenvm_service.errors import PrefixUnknownError
 
@@ -102,6 +102,8 @@ class FakeEngine:
         return Reply([self._row(job) for job in jobs], queue_ms=1.5, inference_ms=2.5)
 
     def _row(self, job: Job) -> dict[str, Any] | LenVMError:
+        if isinstance(job, StepJob):
+            return folded([self._row(row) for row in job.rows()])
         if isinstance(job, TokenScoreJob):
             ids = [*job.completion_ids, *([2] if job.eos else [])]
             if max([*job.prompt_ids, *ids]) >= VOCABULARY:

@@ -55,7 +55,8 @@ def client(engine: FakeEngine, metrics: Metrics) -> TestClient:
 def ok(client: TestClient, path: str, body: Any = None) -> dict[str, Any]:
     answer = client.get(path) if body is None else client.post(path, json=body)
     assert answer.status_code == 200, answer.text
-    FORMS[path].model_validate_json(answer.content, strict=True, extra="forbid")
+    form = responses.StepResponse if "columns" in (body or {}) else FORMS[path]
+    form.model_validate_json(answer.content, strict=True, extra="forbid")
     found: dict[str, Any] = answer.json()
     return found
 
@@ -337,7 +338,8 @@ def test_the_examples_of_the_document_are_true(client: TestClient) -> None:
     known = {"28120": "281", "4093": "409", "smollm2-135m-instruct": "fake", "another-model": "other"}
     for path, examples in REQUEST_EXAMPLES.items():
         for example in examples.values():
-            text = json.dumps(example["value"])
+            text = re.sub(r"s1\.[0-9a-f]+", KNOWN, json.dumps(example["value"])) if path == "/score" else ""
+            text = text or json.dumps(example["value"])
             for theirs, ours in known.items():
                 text = text.replace(theirs, ours)
             body = json.loads(text)
@@ -348,6 +350,7 @@ def test_the_examples_of_the_document_are_true(client: TestClient) -> None:
             found = ok(client, path, body)
             rows = found.get("predictions") or found.get("scores") or []
             assert not [row for row in rows if "error" in row]
+            assert not found.get("errors")
     for path, response in RESPONSE_EXAMPLES.items():
         FORMS[path].model_validate(response, extra="forbid")
 

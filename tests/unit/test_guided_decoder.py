@@ -808,11 +808,12 @@ def test_over_the_wire() -> None:
         decoder = GuidedDecoder(client, [EOS])
         decoder.step([row([5, 6], 0), row([7], 0, SCALE), row([8], 0, None)])
         decoder.step([row([5, 6, 4], 1), row([7, 4], 1, SCALE), row([8, 4], 1, None)])
-    first, second = (request.body["inputs"] for request in transport.requests)
+    first, second = transport.requests[0].body["inputs"], transport.requests[1].body["columns"]
     assert [item["token_ids"] for item in first] == [[5, 6], [7]]
-    assert [item["append"] for item in second] == [[4], [4]]
-    assert all("token_ids" not in item and item["session"].startswith("s-mock-") for item in second)
-    assert second[1]["objective"] == {"kind": "tilt", "lambda": 0.0}
+    assert second["append"] == [[4], [4]]
+    assert all(session.startswith("s-mock-") for session in second["session"])
+    assert second["objective"][1] == {"kind": "tilt", "lambda": 0.0}
+    assert second["eos_ids"] == [EOS]
     assert first[0]["eos_ids"] == [EOS]
 
 

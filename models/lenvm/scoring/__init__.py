@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lenvm.scoring._rows import packed_ids
 from lenvm.scoring.blocks import BlockLayout, StateBlock
-from lenvm.scoring.protocol import PoolCounts, PrefixState, RowScore, Scorer, ScoreRow, ScorerStats
+from lenvm.scoring.protocol import PoolCounts, PrefixState, RowScore, Scorer, ScoreRow, ScorerStats, StepScores
 
 if TYPE_CHECKING:
     from lenvm.scoring.onnx_model import OnnxModel
@@ -26,7 +27,9 @@ __all__ = [
     "Scorer",
     "ScorerStats",
     "StateBlock",
+    "StepScores",
     "TorchScorer",
+    "packed_ids",
 ]
 
 

@@ -1,11 +1,18 @@
-"""What every scorer checks of a row."""
+"""What every scorer makes and checks of rows."""
 
 from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lenvm.errors import ContextTooLongError, InvalidRequestError
 from lenvm.scoring.protocol import ScoreRow
 
-__all__ = ["check_row"]
+__all__ = ["check_row", "packed_ids"]
 
 
 def check_row(row: ScoreRow, *, context: int, vocab_size: int) -> None:
@@ -27,3 +34,12 @@ def check_row(row: ScoreRow, *, context: int, vocab_size: int) -> None:
         raise ContextTooLongError(
             f"the prefix has {total} tokens; the model's context is {context}: shorten it", param="token_ids"
         )
+
+
+def packed_ids(rows: Sequence[Sequence[int]], total: int) -> NDArray[np.int32] | None:
+    """All ids of all rows, ``total`` of them, one after another; None where one is no 32-bit integer. In half of
+    NumPy's time."""
+    try:
+        return np.frombuffer(struct.pack(f"{total}i", *chain.from_iterable(rows)), np.int32)
+    except struct.error:
+        return None

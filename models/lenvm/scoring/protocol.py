@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lenvm.distribution import LengthBins
 from lenvm.scoring.blocks import BlockLayout, StateBlock
 
-__all__ = ["PoolCounts", "PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats"]
+__all__ = ["PoolCounts", "PrefixState", "RowScore", "ScoreRow", "Scorer", "ScorerStats", "StepScores"]
 
 
 @runtime_checkable
@@ -58,6 +58,24 @@ class RowScore:
     candidate_logits: NDArray[np.float64]  # [K]
     candidate_bin_logprobs: NDArray[np.float64] | None  # [K, n]
     cached_tokens: int  # tokens of the prefix that needed no computation
+
+
+@dataclass(slots=True)
+class StepScores:
+    """Answer of a decoding step, all R rows side by side. ``states`` [R]: of the prefixes; ``numbers``
+    [R, width, 1 + n]: value logit and bin log-probs of each candidate, of which row r has ``counts[r]``."""
+
+    states: Sequence[PrefixState]
+    numbers: NDArray[np.float64]
+    counts: Sequence[int]
+
+    def scored(self) -> NDArray[np.float64]:
+        """[S, 1 + n]: the numbers of all candidates, one row's after another's."""
+        width, each = self.numbers.shape[1:]
+        if min(self.counts) == width:
+            return self.numbers.reshape(-1, each)
+        numbers: NDArray[np.float64] = self.numbers[np.arange(width) < np.array(self.counts)[:, None]]
+        return numbers
 
 
 @dataclass

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import struct
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,9 +19,10 @@ from lenvm.fused import can_fuse
 from lenvm.modeling import HeadOutput, LengthValueModel
 from lenvm.paged import BlockPool, PoolShape, Row, build_plan, packed_forward
 from lenvm.paged.attention import Plan, suits_fresh_attention
-from lenvm.scoring._rows import check_row
+from lenvm.scoring._rows import check_row, packed_ids
 from lenvm.scoring.blocks import BlockLayout, StateBlock
-from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats
+from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats, StepScores
+from lenvm.scoring.torch_state import Capture, Held, Scored, TorchState
 
 if TYPE_CHECKING:
     from lenvm.decoding.step_decoder import StepDecoder
@@ -39,112 +38,16 @@ _COMPACT_EVERY = 16  # steps: captures that have lost users stay whole until the
 _STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of their own
 
 
-class _Capture:
-    """Keys and values of all candidates of one forward, shared by the states that were scored in it.
-
-    One tensor for the call: copies for each row would be most of a step's time on a GPU. So that one long-lived handle
-    does not keep its whole call alive, the scorer compacts a capture that has lost half of its users.
-    """
-
-    __slots__ = ("__weakref__", "_addresses", "keys", "users", "values")
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values  # [layers, candidates of the call, kv_heads, head_dim]
-        self.users: list[weakref.ref[_Scored]] = []
-        self._addresses: tuple[int, int, int, int] | None = None
-
-    def left(self) -> list[_Scored]:
-        """The users that are still there."""
-        return [user for reference in self.users if (user := reference()) is not None]
-
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Of the first candidate's keys and values in the first layer; bytes from one candidate to the next, and
-        elements from one layer to the next."""
-        if self._addresses is None:
-            keys, values = self.keys, self.values
-            self._addresses = keys.data_ptr(), values.data_ptr(), keys.stride(1) * keys.itemsize, keys.stride(0)
-        return self._addresses
-
-    def compact(self, left: Sequence[_Scored]) -> None:
-        """Keep the candidates of the users that are left."""
-        if not left:
-            return
-        kept = np.concatenate([user.first + np.arange(len(user.ids)) for user in left])
-        at = torch.from_numpy(kept).to(self.keys.device)
-        self.keys, self.values, self._addresses = self.keys[:, at], self.values[:, at], None
-        self.users = [weakref.ref(user) for user in left]
-        first = 0
-        for user in left:
-            user.first = first
-            first += len(user.ids)
-            user.logits = user.logits.copy()
-            user.bin_logprobs = None if user.bin_logprobs is None else user.bin_logprobs.copy()
-
-
 def _is_whole(row: ScoreRow) -> bool:
     """A prompt from its first token on, wanted at its last one alone."""
     return row.state is None and row.values_from is None and not len(row.candidates)
-
-
-def _packed(rows: Sequence[Sequence[int]], total: int) -> NDArray[np.int32] | None:
-    """All ids of all rows, one after another; None where one is no 32-bit integer. In half of NumPy's time."""
-    try:
-        return np.frombuffer(struct.pack(f"{total}i", *chain.from_iterable(rows)), np.int32)
-    except struct.error:
-        return None
-
-
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class _Scored:
-    """Candidates that a state was last scored with, so that the one that is chosen need not be computed again."""
-
-    ids: tuple[int, ...]
-    logits: NDArray[np.float64]
-    bin_logprobs: NDArray[np.float64] | None
-    capture: _Capture
-    first: int  # of its candidates in the capture
-
-
-class _Held:
-    """Blocks with a reference each, which go when nobody holds this any more. States of one length of blocks share it,
-    so that a decoding step counts no references."""
-
-    __slots__ = ("blocks", "pool")
-
-    def __init__(self, pool: BlockPool, blocks: list[int]) -> None:
-        self.pool, self.blocks = pool, blocks
-
-    # Not weakref.finalize, which takes longer than all else that a row of a step costs.
-    def __del__(self) -> None:
-        self.pool.release(self.blocks)
-
-
-class TorchState:
-    """A prefix in the block pool: :class:`lenvm.scoring.PrefixState`."""
-
-    __slots__ = ("__weakref__", "bin_logprobs", "held", "length", "logit", "pool", "scored")
-
-    def __init__(self, held: _Held, length: int, logit: float, bin_logprobs: NDArray[np.float64] | None) -> None:
-        self.length, self.logit, self.bin_logprobs = length, logit, bin_logprobs
-        self.pool = held.pool
-        self.held: _Held | None = held
-        self.scored: _Scored | None = None
-
-    @property
-    def closed(self) -> bool:
-        """True once :meth:`close` was called."""
-        return self.held is None
-
-    def close(self) -> None:
-        """Give the blocks back; a second call does nothing."""
-        self.held = self.scored = None
 
 
 class _Promotion(NamedTuple):
     """The first token that a row appends was a candidate of its state."""
 
     row: int
-    capture: _Capture
+    capture: Capture
     candidate: int  # in the capture
     place: tuple[int, int]  # block and offset
 
@@ -154,13 +57,13 @@ class _Work:
     """A row on its way through a call."""
 
     row: ScoreRow
-    held: _Held | None  # None once the call has failed
+    held: Held | None  # None once the call has failed
     length: int  # tokens of the prefix that are in the pool
     tail: list[int]
     logit: float
     bin_logprobs: NDArray[np.float64] | None
 
-    def taken(self) -> _Held:
+    def taken(self) -> Held:
         """What the row's new state holds."""
         assert self.held is not None
         return self.held
@@ -206,7 +109,7 @@ class TorchScorer:
     ) -> None:
         self.model = model
         self.stats = ScorerStats()
-        self._captures: weakref.WeakSet[_Capture] = weakref.WeakSet()  # those with several users
+        self._captures: weakref.WeakSet[Capture] = weakref.WeakSet()  # those with several users
         self._steps_since = 0  # captures were looked through
         self.token_budget = token_budget
         # Kept: reading a Hugging Face config takes microseconds, and every row of every call asks.
@@ -391,7 +294,7 @@ class TorchScorer:
         """The state after these blocks, its value not known; see :class:`lenvm.scoring.Scorer`."""
         places = [place for block in blocks for place in block.places]
         self.pool.retain(places)
-        return TorchState(_Held(self.pool, places), len(places) * self.pool.block_size, float("nan"), None)
+        return TorchState(Held(self.pool, places), len(places) * self.pool.block_size, float("nan"), None)
 
     @torch.inference_mode()
     def dump(self, blocks: Sequence[StateBlock]) -> list[NDArray[np.uint8]]:
@@ -430,13 +333,13 @@ class TorchScorer:
             tail = list(row.append)
             state = row.state
             if state is None:
-                works.append(_Work(row, _Held(pool, pool.fork([], 0, len(tail))), 0, tail, float("nan"), None))
+                works.append(_Work(row, Held(pool, pool.fork([], 0, len(tail))), 0, tail, float("nan"), None))
                 continue
             assert isinstance(state, TorchState)
             assert state.held is not None
             held = state.held
             if tail and not (len(tail) == 1 and pool.advance(held.blocks, state.length)):
-                held = _Held(pool, pool.fork(held.blocks, state.length, len(tail), copies))
+                held = Held(pool, pool.fork(held.blocks, state.length, len(tail), copies))
             work = _Work(row, held, state.length, tail, state.logit, state.bin_logprobs)
             works.append(work)
             scored = state.scored
@@ -455,7 +358,7 @@ class TorchScorer:
         if not promotions:
             return
         self.stats.promoted += len(promotions)
-        of: dict[_Capture, list[_Promotion]] = {}
+        of: dict[Capture, list[_Promotion]] = {}
         for promotion in promotions:
             of.setdefault(promotion.capture, []).append(promotion)
         keys, values, slots = [], [], []
@@ -505,7 +408,7 @@ class TorchScorer:
         numbers = packed.cpu().double().numpy()
         capture = None
         if plan.captured_keys:
-            capture = _Capture(torch.stack(plan.captured_keys), torch.stack(plan.captured_values))
+            capture = Capture(torch.stack(plan.captured_keys), torch.stack(plan.captured_values))
         self._count(int(plan.input_ids.numel()))
         results, at, candidate_at = [], 0, 0
         for work in works:
@@ -531,38 +434,57 @@ class TorchScorer:
         return packed_forward(self.model.decoder, plan)
 
     def _stepped(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
-        """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
-        that the state was scored with, and candidates. None for any other call, or where this GPU or driver would not
-        record the step (for good).
-
-        The device waits for this, so that it does in one loop what must be known before the launch, and no more."""
-        steps, pool, context = self._steps, self.pool, self._context
-        candidates = [row.candidates for row in rows]
-        counts = list(map(len, candidates))
-        if steps is None or not counts or not steps.fits(len(rows), max(counts)) or not min(counts):
+        """A decoding step, see :meth:`step`; None for any other call."""
+        if self._steps is None:
             return None
-        ids = _packed(candidates, sum(counts))
-        if ids is None or ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
+        candidates = [row.candidates for row in rows]
+        counts: list[int] = list(map(len, candidates))
+        ids = packed_ids(candidates, sum(counts)) if all(counts) and counts else None
+        if ids is None or any(row.values_from is not None and len(row.append) for row in rows):
+            return None
+        also = None if meanwhile is None else lambda _: meanwhile()
+        found = self.step([row.state for row in rows], [row.append for row in rows], ids, counts, also)
+        return None if found is None else self._row_scores(found)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        before: Sequence[PrefixState | None],
+        appended: Sequence[Sequence[int]],
+        ids: NDArray[np.int32],
+        counts: Sequence[int],
+        meanwhile: Callable[[Sequence[TorchState]], None] | None = None,
+    ) -> StepScores | None:
+        """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
+        that the state was scored with, and candidates: ``counts[row]`` of ``ids``, all rows' one after another. None
+        for any other call, or where this GPU or driver would not record the step (for good). ``meanwhile`` is called
+        with the new states while the device is at work: what they were scored with is not to be read yet.
+
+        The device waits for this, so that it does in one loop what must be known before the launch, and no more.
+        Raises PoolExhaustedError."""
+        steps, pool, context = self._steps, self.pool, self._context
+        if steps is None or not counts or not steps.fits(len(counts), max(counts)) or not min(counts):
+            return None
+        if ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
             return None
         copies: list[tuple[int, int]] = []
         held, lengths, chosen, sources = [], [], [], list[int]()
         size, capture, advance = pool.block_size, None, pool.advance
-        for row in rows:
-            state, new = row.state, row.append
+        for state, new in zip(before, appended, strict=True):
             # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
             if not isinstance(state, TorchState) or state.pool is not pool or (own := state.held) is None:
                 return None
             length, at = state.length, -1
             if len(new):
                 scored = state.scored
-                if len(new) > 1 or scored is None or row.values_from is not None:
+                if len(new) > 1 or scored is None:
                     return None
                 try:
                     at = scored.ids.index(new[0])
                 except ValueError:
                     return None
                 if not advance(own.blocks, length):
-                    own = _Held(pool, pool.fork(own.blocks, length, 1, copies))
+                    own = Held(pool, pool.fork(own.blocks, length, 1, copies))
                 if scored.capture is not capture:
                     capture = scored.capture
                     keys, values, token, layer = capture.addresses()
@@ -578,54 +500,63 @@ class TorchScorer:
             chosen.append(at)
         pool.copy(copies)
         try:
-            step = steps.launch([own.blocks for own in held], lengths, counts, ids, sources)
+            launched = steps.launch([own.blocks for own in held], lengths, counts, ids, sources)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
             return None
-        # The answers are put together while the device is at work: views of numbers that are not there yet.
+        # The answer is put together while the device is at work: views of numbers that are not there yet.
         states = []
-        for row, own, length, at in zip(rows, held, lengths, chosen, strict=True):
-            before: Any = row.state
-            logit, bins = before.logit, before.bin_logprobs
+        for state, own, length, at in zip(before, held, lengths, chosen, strict=True):
+            was: Any = state
+            logit, bins = was.logit, was.bin_logprobs
             if at >= 0:
-                scored = before.scored
+                scored = was.scored
                 # A copy: a handle that lives long must not keep all numbers of its step alive.
                 logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at].copy()
             states.append(TorchState(own, length, logit, bins))
         try:
-            answers = self._answers(states, candidates, step)
+            self._note_scored(states, ids, counts, launched)
             self._count(len(ids))
             self.stats.promoted += len(chosen) - chosen.count(-1)
             if meanwhile is not None:
-                meanwhile()
+                meanwhile(states)
         finally:
-            step.wait()  # whatever happens: no other step may be launched before
+            launched.wait()  # whatever happens: no other step may be launched before
         # Not while the device is at work: a copy to it would wait for the step, and so would all that comes after.
         self._steps_since += 1
         if self._steps_since >= _COMPACT_EVERY:
             self._compact()
-        return answers
+        return StepScores(states, launched.numbers[: len(states)], counts)
 
-    def _answers(
-        self, states: Sequence[TorchState], candidates: Sequence[Sequence[int]], step: StepNumbers
-    ) -> list[RowScore]:
-        capture = _Capture(step.kept[0], step.kept[1])
-        has_bins = self.bins is not None
-        rows = len(states)
+    def _note_scored(
+        self, states: Sequence[TorchState], ids: NDArray[np.int32], counts: Sequence[int], step: StepNumbers
+    ) -> None:
+        """Each new state keeps what it was scored with."""
+        capture = Capture(step.kept[0], step.kept[1])
+        rows, width, has_bins = len(states), step.numbers.shape[1], self.bins is not None
         all_logits, all_bins = list(step.numbers[:rows, :, 0]), list(step.numbers[:rows, :, 1:])
-        own_logits = np.array([state.logit for state in states])
-        answers, width, first = [], step.numbers.shape[1], 0
-        for row, (state, its) in enumerate(zip(states, candidates, strict=True)):
-            count, logits, bins = len(its), all_logits[row], all_bins[row] if has_bins else None
+        all_ids, begin, first = ids.tolist(), 0, 0
+        for row, (state, count) in enumerate(zip(states, counts, strict=True)):
+            logits, bins = all_logits[row], all_bins[row] if has_bins else None
             if count < width:
                 logits, bins = logits[:count], None if bins is None else bins[:count]
-            scored = state.scored = _Scored(tuple(its), logits, bins, capture, first)
+            scored = state.scored = Scored(all_ids[begin : begin + count], logits, bins, capture, first)
             capture.users.append(weakref.ref(scored))
-            own = None if state.bin_logprobs is None else state.bin_logprobs[None]
-            answers.append(RowScore(state, own_logits[row : row + 1], own, logits, bins, state.length))
+            begin += count
             first += step.width
         self._keep(capture)
+
+    def _row_scores(self, step: StepScores) -> list[RowScore]:
+        own_logits = np.array([state.logit for state in step.states])
+        answers = []
+        for row, state in enumerate(step.states):
+            assert isinstance(state, TorchState)
+            scored = state.scored
+            assert scored is not None
+            own = None if state.bin_logprobs is None else state.bin_logprobs[None]
+            logits, bins = scored.logits, scored.bin_logprobs
+            answers.append(RowScore(state, own_logits[row : row + 1], own, logits, bins, state.length))
         return answers
 
     def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
@@ -636,10 +567,10 @@ class TorchScorer:
         tokens = sum(len(row.append) for row in rows)
         if not 0 < tokens <= self.token_budget:
             return None
-        pool, held = self.pool, list[_Held]()
+        pool, held = self.pool, list[Held]()
         try:
             for row in rows:
-                held.append(_Held(pool, pool.fork([], 0, len(row.append))))
+                held.append(Held(pool, pool.fork([], 0, len(row.append))))
             launched = self._prompts.launch([row.append for row in rows], [own.blocks for own in held])
             if launched is None:
                 return None
@@ -669,12 +600,12 @@ class TorchScorer:
         self.stats.forwards += 1
         self.stats.tokens += tokens
 
-    def _keep(self, capture: _Capture) -> None:
+    def _keep(self, capture: Capture) -> None:
         if len(capture.users) > 1:
             self._captures.add(capture)
 
     def _finish(
-        self, work: _Work, numbers: NDArray[np.float64] | None, capture: _Capture | None, first: int
+        self, work: _Work, numbers: NDArray[np.float64] | None, capture: Capture | None, first: int
     ) -> RowScore:
         """Split a row's numbers ``[places + K, 1 + n]`` into those of the prefix and those of the candidates, which
         begin at ``first`` in the capture."""
@@ -691,7 +622,7 @@ class TorchScorer:
         state = TorchState(work.taken(), work.length + len(work.tail), logit, bin_logprobs)
         candidate_bins = others[:, 1:] if has_bins else None
         if count and capture is not None:
-            state.scored = _Scored(tuple(work.row.candidates), others[:, 0], candidate_bins, capture, first)
+            state.scored = Scored(tuple(work.row.candidates), others[:, 0], candidate_bins, capture, first)
             capture.users.append(weakref.ref(state.scored))
         return RowScore(
             state=state,

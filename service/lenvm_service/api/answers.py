@@ -20,7 +20,7 @@ from lenvm_service.api.middleware import RequestContext
 from lenvm_service.api.ports import EngineLike
 from lenvm_service.api.rows import Row
 from lenvm_service.api.schemas import GeneratorClaim, RequestOptions
-from lenvm_service.engine.jobs import Job, Reply, Result
+from lenvm_service.engine.jobs import Job, Reply, Result, StepJob, folded
 from lenvm_service.engine.queueing import Reservation
 from lenvm_service.errors import DeadlineExceededError, InternalError
 
@@ -31,6 +31,7 @@ __all__ = [
     "json_response",
     "model_answer",
     "row_answers",
+    "step_answer",
     "timings",
     "watched",
 ]
@@ -124,6 +125,46 @@ async def model_answer(
 
     Raises what concerns the whole request: what ``ask`` raises, and the error of a ``flat`` row.
     """
+    all_rows, tail = await _answered(request, gone, engine, options, rows, deadline, reservation)
+    if flat and isinstance(all_rows[0], LenVMError):
+        raise all_rows[0]
+    return {**_head(engine), name: row_answers(all_rows, request.state.context, "inputs"), **tail}
+
+
+async def step_answer(
+    request: Request,
+    gone: asyncio.Task[None],
+    engine: EngineLike,
+    options: RequestOptions,
+    rows: Sequence[Row],
+    *,
+    deadline: float | None,
+    reservation: Reservation,
+) -> dict[str, Any]:
+    """The same for columns: one ``StepJob``, or a job or an error for each of their rows."""
+    all_rows, tail = await _answered(request, gone, engine, options, rows, deadline, reservation)
+    step = all_rows[0] if isinstance(rows[0], StepJob) else folded(all_rows)
+    if isinstance(step, LenVMError):
+        raise step
+    context = request.state.context
+    context.rows = len(step["columns"]["session"])
+    errors = [
+        {"index": at, "error": error_object(error, request_id=context.request_id, at=f"columns[{at}]")}
+        for at, error in step["errors"].items()
+    ]
+    return {**_head(engine), "columns": step["columns"], "errors": errors, **tail}
+
+
+async def _answered(
+    request: Request,
+    gone: asyncio.Task[None],
+    engine: EngineLike,
+    options: RequestOptions,
+    rows: Sequence[Row],
+    deadline: float | None,
+    reservation: Reservation,
+) -> tuple[list[Result], dict[str, Any]]:
+    """All rows' results, and what an answer ends with."""
     context = request.state.context
     context.rows, context.model = len(rows), engine.name
     jobs = [row for row in rows if not isinstance(row, LenVMError)]
@@ -136,14 +177,11 @@ async def model_answer(
         context.inference_ms = max(context.inference_ms, reply.inference_ms)
     answered = iter(reply.results)
     all_rows: list[Result] = [row if isinstance(row, LenVMError) else next(answered) for row in rows]
-    if flat and isinstance(all_rows[0], LenVMError):
-        raise all_rows[0]
-    return {
-        **_head(engine),
-        name: row_answers(all_rows, context, "inputs"),
+    tail = {
         "warnings": generator_warnings(options.generator, engine),
         "timings_ms": timings(context, reply),
     }
+    return all_rows, tail
 
 
 def timings(context: RequestContext, reply: Reply | None = None) -> dict[str, float]:

@@ -54,6 +54,18 @@ REQUEST_EXAMPLES: dict[str, dict[str, Any]] = {
                 ]
             },
         },
+        "step": {
+            "summary": "A decoding step, as columns",
+            "value": {
+                "columns": {
+                    "session": [_HANDLE, _HANDLE],
+                    "append": [[28], [30]],
+                    "candidates": [[2, 28, 30], [2, 198]],
+                    "generated": [13, 13],
+                    "objective": {"kind": "equal_to", "target": 40},
+                }
+            },
+        },
     },
     "/tokenize": {"prompt": {"summary": "A prompt", "value": {"prompt": "Name three colours."}}},
     "/detokenize": {"ids": {"summary": "Ids", "value": {"token_ids": [4093, 198]}}},

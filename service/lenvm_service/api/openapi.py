@@ -35,7 +35,12 @@ its error is that of the request.
 _REF = "#/components/schemas/"
 _BODIES: Mapping[str, tuple[type[BaseModel], ...]] = {
     "/predict_length": (schemas.PredictRequest, schemas.PredictFlatRequest),
-    "/score": (schemas.ScoreRequest, schemas.TokenScoreRequest, schemas.CandidateScoreRequest),
+    "/score": (
+        schemas.ScoreRequest,
+        schemas.StepRequest,
+        schemas.TokenScoreRequest,
+        schemas.CandidateScoreRequest,
+    ),
     "/tokenize": (schemas.TokenizeRequest,),
     "/detokenize": (schemas.DetokenizeRequest,),
     "/feedback": (schemas.FeedbackRequest,),

@@ -181,6 +181,25 @@ class ScoreResponse(Answered):
     scores: list[TokenScores | CandidateScores | RowError]
 
 
+class CandidateColumns(BaseModel):
+    """The fields of `CandidateScores`, each a list with an entry for each row, null where the row has an error."""
+
+    prefix_tokens: list[int | None]
+    cached_tokens: list[int | None]
+    value: list[float | None]
+    horizon: list[float | None]
+    log_weights: list[list[float] | None] = Field(description="Null without an objective.")
+    session: list[str | None]
+    objective: list[ResolvedObjective | None]
+
+
+class StepResponse(Answered):
+    """The answer to `columns`: columns, and the errors of rows that failed."""
+
+    columns: CandidateColumns
+    errors: list[RowError]
+
+
 class TokenizeResponse(BaseModel):
     """Ids of the model's tokenizer."""
 

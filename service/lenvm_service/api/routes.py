@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,7 +16,7 @@ from lenvm.errors import LenVMError
 from lenvm_service.api import responses as answer
 from lenvm_service.api import rows
 from lenvm_service.api import schemas as ask
-from lenvm_service.api.answers import deadline_of, json_response, model_answer, row_answers, watched
+from lenvm_service.api.answers import deadline_of, json_response, model_answer, row_answers, step_answer, watched
 from lenvm_service.api.body import parse_object, read_body
 from lenvm_service.api.errors import RequestError
 from lenvm_service.api.openapi import documented
@@ -62,21 +63,35 @@ async def predict_length(request: Request) -> Response:
     "/score",
     **documented(
         "Score a text token by token, or candidates for the next token",
-        answer.ScoreResponse,
+        answer.ScoreResponse | answer.StepResponse,
         errors=(400, 404, 413, 422, 429, 500, 503, 504),
     ),
 )
 async def score(request: Request) -> Response:
     """Rows with `completion` get the value at each of its tokens; rows with `candidates` get a value and, with an
-    objective, a log-weight for each. Both kinds may stand in one request."""
+    objective, a log-weight for each. Both kinds may stand in one request.
+
+    The rows of a decoding step may come as `columns` instead of `inputs`, and are answered so: the same numbers, in
+    less time. All of their prefixes are sessions, and they have no `values` and `horizons`."""
     service, body = await _admitted(request)
     limits = service.settings
     call = await service.offload(len(body), lambda: rows.read_score(body, limits.max_batch_rows))
     engine = service.engine(call.options.model)
     deadline, tenant = deadline_of(request, call.options), request.state.context.tenant
     # A step is read at once: there is nothing to tokenise.
-    steps = rows.step_jobs(call, limits.max_candidates, tenant) if service.reads_inline(len(body)) else None
-    tokens = rows.estimated_tokens(call.rows) if steps is None else sum(map(new_tokens, steps))
+    steps: Sequence[rows.Row] | None = None
+    if call.columns is not None:
+        columns = call.columns
+        step = await service.offload(len(body), lambda: rows.step_job(columns, limits.max_candidates, tenant))
+        steps = None if step is None else [step]
+        call = replace(call, rows=rows.spread(columns) if step is None else [])
+    elif service.reads_inline(len(body)):
+        steps = rows.step_jobs(call, limits.max_candidates, tenant)
+    tokens = (
+        rows.estimated_tokens(call.rows)
+        if steps is None
+        else sum(new_tokens(job) for job in steps if not isinstance(job, LenVMError))
+    )
     with engine.reserve(tokens, deadline=deadline) as room:
         jobs: Sequence[rows.Row] | None = steps
         if jobs is None:
@@ -86,17 +101,11 @@ async def score(request: Request) -> Response:
                 text=rows.text_size(call.rows),
             )
         async with watched(request.receive) as gone:
-            found = await model_answer(
-                request,
-                gone,
-                engine,
-                call.options,
-                jobs,
-                name="scores",
-                flat=call.flat,
-                deadline=deadline,
-                reservation=room,
-            )
+            asked = (request, gone, engine, call.options, jobs)
+            if call.columns is not None:
+                found = await step_answer(*asked, deadline=deadline, reservation=room)
+            else:
+                found = await model_answer(*asked, name="scores", flat=call.flat, deadline=deadline, reservation=room)
     return json_response(found)
 
 

@@ -29,11 +29,12 @@ from lenvm_service.api.schemas import (
     PredictOptions,
     PrefixSource,
     ScoreOptions,
+    StepColumns,
     TextSource,
     TokenInput,
     TokenizeRequest,
 )
-from lenvm_service.engine.jobs import DEFAULT_QUANTILES, CandidateJob, Job, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.engine.jobs import DEFAULT_QUANTILES, CandidateJob, Job, PredictJob, Prefix, StepJob, TokenScoreJob
 from lenvm_service.errors import InternalError, PayloadTooLargeError
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "read_predict",
     "read_score",
     "score_jobs",
+    "spread",
+    "step_job",
     "step_jobs",
     "text_size",
 ]
@@ -65,6 +68,9 @@ _PLAIN_FIELDS = frozenset(
 _TEXT_FIELDS = frozenset(("prompt", "completion", "messages"))
 _CHARACTERS = 4  # of text a token, about
 _SCORE_FIELDS = frozenset(TokenInput.model_fields) | frozenset(CandidateInput.model_fields)
+_COLUMNS = tuple(StepColumns.model_fields)
+_BESIDE = _SCORE_FIELDS | {"inputs"}
+_EACH_ROW = ("session", "append", "candidates", "generated", "logprobs")
 
 
 class _RowTooLargeError(PayloadTooLargeError):
@@ -73,11 +79,13 @@ class _RowTooLargeError(PayloadTooLargeError):
 
 @dataclass(frozen=True)
 class Call(Generic[OptionsT]):
-    """A request body, its options checked and its rows not yet. ``flat``: one row that stood without ``inputs``."""
+    """A request body, its options checked and its rows not yet. ``flat``: one row that stood without ``inputs``.
+    ``columns``: what stood there instead of rows, its form checked."""
 
     options: OptionsT
     rows: list[Any]
     flat: bool
+    columns: dict[str, Any] | None = None
 
 
 def check(model: type[ModelT], value: Any) -> ModelT:
@@ -91,17 +99,62 @@ def check(model: type[ModelT], value: Any) -> ModelT:
 
 def read_predict(body: bytes, max_rows: int) -> Call[PredictOptions]:
     """The body of /predict_length. Raises RequestError, and PayloadTooLargeError for too many rows."""
-    return _read(body, PredictOptions, "inputs", _PREDICT_FIELDS, max_rows)
+    return _read(parse_object(body), PredictOptions, "inputs", _PREDICT_FIELDS, max_rows)
 
 
 def read_score(body: bytes, max_rows: int) -> Call[ScoreOptions]:
     """The body of /score. Raises RequestError, and PayloadTooLargeError for too many rows."""
-    return _read(body, ScoreOptions, "inputs", _SCORE_FIELDS, max_rows)
+    given = parse_object(body)
+    columns = given.pop("columns", None)
+    if columns is None:
+        return _read(given, ScoreOptions, "inputs", _SCORE_FIELDS, max_rows)
+    other = next((name for name, value in given.items() if name in _BESIDE and value is not None), None)
+    if other is not None:
+        raise RequestError(
+            f"{other} cannot stand beside columns: send either", reason="columns_and_inputs", param=other
+        )
+    options = {name: value for name, value in given.items() if name not in _BESIDE}
+    _check_columns(columns, max_rows)
+    return Call(check(ScoreOptions, options) if options else _unset(ScoreOptions), [], flat=False, columns=columns)
+
+
+def _check_columns(columns: Any, max_rows: int) -> None:
+    """Raise RequestError for what is no columns at all, or not of one length, and PayloadTooLargeError."""
+    if not isinstance(columns, dict):
+        problem = "columns must be an object: the fields of the rows, each a list"
+        raise RequestError(problem, reason="dict_type", param="columns")
+    unknown = next((name for name in columns if name not in _COLUMNS), None)
+    if unknown is not None:
+        problem = f"columns has no field {unknown:.40}: use {', '.join(_COLUMNS)}"
+        raise RequestError(problem, reason="extra_forbidden", param="columns")
+    sessions = columns.get("session")
+    if not isinstance(sessions, list) or not sessions:
+        problem = "columns.session must be a list with at least one row"
+        raise RequestError(problem, reason="list_type", param="columns.session")
+    if len(sessions) > max_rows:
+        raise PayloadTooLargeError(f"columns has {len(sessions)} rows, {max_rows} are allowed: split the request")
+    for name in (*_EACH_ROW, "objective"):
+        value = columns.get(name)
+        one_for_all = name == "objective" and not isinstance(value, list)
+        if (value is None and name != "candidates") or one_for_all:
+            continue
+        if not isinstance(value, list) or len(value) != len(sessions):
+            problem = f"columns.{name} must be a list with an entry for each of the {len(sessions)} sessions"
+            raise RequestError(problem, reason="column_length", param=f"columns.{name}")
+
+
+def spread(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that columns stand for."""
+    count, objective = len(columns["session"]), columns.get("objective")
+    each = {name: columns[name] for name in _EACH_ROW if columns.get(name) is not None}
+    each["objective"] = objective if isinstance(objective, list) else [objective] * count
+    for_all = {"eos_ids": columns.get("eos_ids"), "return_values": False}
+    return [{**{name: values[at] for name, values in each.items()}, **for_all} for at in range(count)]
 
 
 def read_feedback(body: bytes, max_rows: int) -> Call[FeedbackOptions]:
     """The body of /feedback. Raises RequestError, and PayloadTooLargeError for too many items."""
-    return _read(body, FeedbackOptions, "items", frozenset(), max_rows)
+    return _read(parse_object(body), FeedbackOptions, "items", frozenset(), max_rows)
 
 
 @functools.cache
@@ -110,8 +163,9 @@ def _unset(options: type[OptionsT]) -> OptionsT:
     return check(options, {})
 
 
-def _read(body: bytes, options: type[OptionsT], name: str, row_fields: frozenset[str], max_rows: int) -> Call[OptionsT]:
-    given = parse_object(body)
+def _read(
+    given: dict[str, Any], options: type[OptionsT], name: str, row_fields: frozenset[str], max_rows: int
+) -> Call[OptionsT]:
     rows = given.pop(name, None)
     flat = {field: given.pop(field) for field in list(given) if field in row_fields}
     flat_given = any(value is not None for value in flat.values())
@@ -213,6 +267,37 @@ def step_jobs(call: Call[ScoreOptions], max_candidates: int, tenant: str = "") -
             return None
         jobs.append(job)
     return jobs if _are_ids(ids) else None
+
+
+def step_job(columns: dict[str, Any], max_candidates: int, tenant: str = "") -> StepJob | None:
+    """The job of columns (``read_score``) whose every row is plainly as it should be; None for all else, which rows
+    tell one by one."""
+    given, count = columns.get, len(columns["session"])
+    sessions, candidates, objective = columns["session"], columns["candidates"], given("objective")
+    appended = given("append") or [()] * count
+    generated = given("generated") or [0] * count
+    logprobs, ends = given("logprobs"), given("eos_ids") or []
+    lists = [*candidates, ends] if given("append") is None else [*candidates, *appended, ends]
+    if not (
+        set(map(type, sessions)) == {str}
+        and 0 < min(map(len, sessions)) <= max(map(len, sessions)) <= MAX_SESSION
+        and set(map(type, lists)) == {list}
+        and 0 < min(map(len, candidates)) <= max(map(len, candidates)) <= max_candidates
+        and len(ends) <= MAX_EOS_IDS
+        and set(map(type, generated)) == {int}
+        and 0 <= min(generated) <= max(generated) <= MAX_GENERATED
+        and _are_ids([token for ids in lists for token in ids])
+        and (logprobs is None or all(map(_are_numbers, logprobs, map(len, candidates))))
+    ):
+        return None
+    try:
+        if isinstance(objective, list):
+            objectives = [None if each is None else Objective.from_dict(each) for each in objective]
+        else:
+            objectives = [None if objective is None else Objective.from_dict(objective)] * count
+    except InvalidRequestError:
+        return None
+    return StepJob(sessions, appended, candidates, generated, objectives, logprobs, ends, tenant)
 
 
 def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, tenant: str) -> Job:

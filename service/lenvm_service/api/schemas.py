@@ -251,6 +251,25 @@ class CandidateInput(PrefixSource):
         return self
 
 
+class StepColumns(Strict):
+    """A decoding step: rows of candidates field by field, each a list with an entry for each row. Values are not
+    given."""
+
+    session: list[Session] = Field(min_length=1, description="Handles from the step before.")
+    append: list[MaybeNoIds] | None = Field(None, description="Tokens that came since.")
+    candidates: list[TokenIds] = Field(description="Ids of possible next tokens; /info has the limit.")
+    generated: list[Annotated[int, Field(ge=0, le=MAX_GENERATED)]] | None = Field(
+        None, description="Content tokens of each answer in its prefix."
+    )
+    logprobs: list[list[float]] | None = Field(None, description="As in a row.")
+    objective: ObjectiveFields | list[ObjectiveFields | None] | None = Field(
+        None, description="One for all rows, or a list."
+    )
+    eos_ids: Annotated[list[TokenId], Field(max_length=MAX_EOS_IDS)] | None = Field(
+        None, description="Ids that end any of the answers, beside the model's own."
+    )
+
+
 # The forms of whole bodies are for the document alone: `rows` takes them apart before anything is checked.
 class PredictRequest(PredictOptions):
     """Up to max_batch_rows prefixes; see /info for the limit."""
@@ -266,6 +285,12 @@ class ScoreRequest(ScoreOptions):
     """Rows of both kinds may stand beside each other; a row with ``candidates`` is scored over those."""
 
     inputs: list[TokenInput | CandidateInput] = Field(min_length=1)
+
+
+class StepRequest(ScoreOptions):
+    """The rows of a decoding step as columns: what ``inputs`` would say, in half of the time."""
+
+    columns: StepColumns
 
 
 class TokenScoreRequest(ScoreOptions, TokenInput):

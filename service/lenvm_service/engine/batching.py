@@ -349,12 +349,12 @@ class Batcher:
         first = [ticket for ticket in tickets if ticket.started is None]
         for ticket in first:
             ticket.started = since
-        tokens = sum(entry.cost.tokens for entry in batch)
+        tokens, rows = sum(entry.cost.tokens for entry in batch), sum(entry.cost.rows for entry in batch)
         try:
             with (
                 contextlib.nullcontext()
                 if self._tracing is None
-                else self._tracing.batch(tickets, first, rows=len(batch), tokens=tokens)
+                else self._tracing.batch(tickets, first, rows=rows, tokens=tokens)
             ):
                 results = self._run([entry.job for entry in batch])
             if len(results) != len(batch):
@@ -377,7 +377,7 @@ class Batcher:
         if self._observer:
             for ticket in first:
                 self._observer.waited(since - ticket.arrived)
-            self._observer.batch(len(batch), tokens, seconds)
+            self._observer.batch(rows, tokens, seconds)
         self._finish_some()
         return True
 

@@ -20,9 +20,10 @@ from lenvm.scoring import RowScore, Scorer, ScoreRow
 from lenvm_service.answers import prediction_fields, token_score_fields
 from lenvm_service.engine.candidates import CandidateRow, CandidateRows
 from lenvm_service.engine.checks import check_candidates
-from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Result, TokenScoreJob
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, Result, StepJob, TokenScoreJob, folded
 from lenvm_service.engine.prefixes import PrefixStore
 from lenvm_service.engine.sessions import SessionStore
+from lenvm_service.engine.steps import answer_steps
 from lenvm_service.errors import OverloadedError
 from lenvm_service.garbage import collect_young
 from lenvm_service.prefix_cache import Chain, SessionRecord
@@ -135,6 +136,32 @@ class EngineCore:
         self.counts = BatchCounts()
         self.prefixes.begin()
         before = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
+        steps = {at: job for at, job in enumerate(jobs) if isinstance(job, StepJob)}
+        results = self._run_steps(jobs, steps) if steps else self._run_rows(jobs)
+        after = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
+        counts = self.counts
+        counts.shared_tokens = self.prefixes.shared_tokens
+        counts.computed_tokens, counts.promoted_tokens, counts.forwards = (
+            b - a for a, b in zip(before, after, strict=True)
+        )
+        return results
+
+    def _run_steps(self, jobs: Sequence[Job], steps: dict[int, StepJob]) -> list[Result]:
+        """All steps side by side where each is plainly one, and the other jobs; or all of their rows one by one."""
+        found = answer_steps(self, list(steps.values()))
+        if found is not None:
+            others = [at for at in range(len(jobs)) if at not in steps]
+            results = dict(zip(steps, found, strict=True))
+            results.update(zip(others, self._run_rows([jobs[at] for at in others]) if others else (), strict=True))
+            return [results[at] for at in range(len(jobs))]
+        rows = [job.rows() if isinstance(job, StepJob) else [job] for job in jobs]
+        each = iter(self._run_rows([row for its in rows for row in its]))
+        return [
+            folded([next(each) for _ in its]) if isinstance(job, StepJob) else next(each)
+            for job, its in zip(jobs, rows, strict=True)
+        ]
+
+    def _run_rows(self, jobs: Sequence[Job]) -> list[Result]:
         results: list[Result | None] = [None] * len(jobs)
         works: dict[int, _Work] = {}
         for at, job in enumerate(jobs):
@@ -146,18 +173,13 @@ class EngineCore:
                 error.__context__ = error.__cause__ = None
                 results[at] = error.with_traceback(None)
         self._score(works, results)
-        after = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
-        counts = self.counts
-        counts.shared_tokens = self.prefixes.shared_tokens
-        counts.computed_tokens, counts.promoted_tokens, counts.forwards = (
-            b - a for a, b in zip(before, after, strict=True)
-        )
         return [result for result in results if result is not None]
 
     # -- from jobs to rows ---------------------------------------------------------------------------------------------
 
     def _prepare(self, job: Job) -> _Work:
         """Resolve the session, check everything that concerns this job alone. Raises a typed error for the row."""
+        assert not isinstance(job, StepJob)
         if isinstance(job, TokenScoreJob):
             return self._prepare_tokens(job)
         work = self._prefix(job)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,16 @@ from lenvm_service.engine.jobs import (
     Prefix,
     Reply,
     Result,
+    StepJob,
     TokenScoreJob,
+    folded,
     new_tokens,
+    rows_of,
 )
 from lenvm_service.engine.loading import LOADING, EngineOptions, Loaded, load_core
 from lenvm_service.engine.queueing import BatcherOptions, Cost, Reservation
 from lenvm_service.engine.sharing import ask_shared, leave_shared
-from lenvm_service.errors import PrefixUnknownError
+from lenvm_service.errors import InternalError, OverloadedError, PrefixUnknownError
 from lenvm_service.metrics import EngineMetrics
 from lenvm_service.prefix_cache import Codec
 from lenvm_service.prefix_cache.redis_tier import RedisTier, TierOptions
@@ -45,7 +48,12 @@ __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
-_KINDS: dict[type, str] = {PredictJob: "predict", TokenScoreJob: "tokens", CandidateJob: "candidates"}
+_KINDS: dict[type, str] = {
+    PredictJob: "predict",
+    TokenScoreJob: "tokens",
+    CandidateJob: "candidates",
+    StepJob: "candidates",
+}
 _PREDICTIONS_KEPT = 65_536
 _MEASURED = 128  # tokens: fewer tell little about the rate of a prefill
 
@@ -248,7 +256,9 @@ class Engine:
         priority: int = 0,
         reservation: Reservation | None = None,
     ) -> Reply:
-        """Answer a request's jobs; see :meth:`Batcher.submit`."""
+        """Answer a request's jobs; see :meth:`Batcher.submit`. A ``StepJob`` is its request's only job."""
+        if len(jobs) == 1 and isinstance(jobs[0], StepJob):
+            return await self._submit_step(jobs[0], deadline=deadline, priority=priority, reservation=reservation)
         asked, nbytes, tier = jobs, 0, self.tier
         if tier is not None and self.batcher.ready:
             with traced(self._tracing, "redis lookup"):
@@ -264,6 +274,26 @@ class Engine:
             if isinstance(job, PredictJob) and isinstance(result, dict):
                 self._remember(result, job)
         return reply
+
+    async def _submit_step(
+        self, step: StepJob, *, deadline: float | None, priority: int, reservation: Reservation | None
+    ) -> Reply:
+        """A step as one job where that is quicker, and all of its sessions are held here. Else, and where it failed as
+        a whole, as its rows: whoever is guilty gets the error, and no other."""
+        if self._takes(step):
+            reply = await self.batcher.submit([step], deadline=deadline, priority=priority, reservation=reservation)
+            if not isinstance(reply.results[0], InternalError | OverloadedError):
+                return reply
+        reply = await self.submit(step.rows(), deadline=deadline, priority=priority, reservation=reservation)
+        return replace(reply, results=[folded(reply.results)])
+
+    def _takes(self, step: StepJob) -> bool:
+        if not (self.loaded and getattr(self.core.scorer, "has_graphs", False)):
+            return False
+        sessions = self.core.sessions
+        return new_tokens(step) <= self.batcher.options.budget_tokens and all(
+            session in sessions for session in step.sessions
+        )
 
     def feedback(
         self,
@@ -371,10 +401,14 @@ class Engine:
         if self.tier is not None and core.counts.computed_tokens >= _MEASURED:
             self.tier.costs.computed(core.counts.computed_tokens, time.perf_counter() - since)
         if self._metrics is not None:
-            answered = Counter(
-                (_KINDS[type(job)], "ok" if isinstance(result, dict) else result.code)
-                for job, result in zip(jobs, results, strict=True)
-            )
+            answered = Counter[tuple[str, str]]()
+            for job, result in zip(jobs, results, strict=True):
+                errors = (
+                    list(result["errors"].values()) if isinstance(job, StepJob) and isinstance(result, dict) else []
+                )
+                outcomes = Counter("ok" if isinstance(each, dict) else each.code for each in (result, *errors))
+                outcomes["ok"] += rows_of(job) - 1 - len(errors)
+                answered.update({(_KINDS[type(job)], name): count for name, count in outcomes.items() if count})
             for (kind, outcome), count in answered.items():
                 self._metrics.rows(kind, outcome, count)
             self._note_work(core)
@@ -415,6 +449,10 @@ class Engine:
 
     def _cost(self, job: Job) -> Cost:
         tokens, held = new_tokens(job), 0
+        if isinstance(job, StepJob):
+            rows = len(job.sessions)
+            wide = 1 << max(0, -(-tokens // rows) - 1).bit_length()
+            return Cost(tokens, rows * wide * (wide + self._held), rows)
         if not isinstance(job, TokenScoreJob) and job.prefix.session is not None:
             # How long a session's prefix is, only the thread knows; the context bounds it.
             held = self._held

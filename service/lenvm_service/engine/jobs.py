@@ -16,6 +16,7 @@ from lenvm_service.prefix_cache import SessionRecord
 
 __all__ = [
     "DEFAULT_QUANTILES",
+    "STEP_COLUMNS",
     "CandidateJob",
     "Job",
     "PredictJob",
@@ -23,8 +24,11 @@ __all__ = [
     "Reply",
     "Result",
     "Shared",
+    "StepJob",
     "TokenScoreJob",
+    "folded",
     "new_tokens",
+    "rows_of",
 ]
 
 
@@ -88,9 +92,47 @@ class CandidateJob:
     return_values: bool = True
 
 
-Job: TypeAlias = PredictJob | TokenScoreJob | CandidateJob
+@dataclass(slots=True)
+class StepJob:
+    """A decoding step of R rows as one job: field by field what a ``CandidateJob`` for each row would say, whose prefix
+    is a session and what was appended to it. Values are not wanted. ``logprobs`` None: of no row."""
+
+    sessions: Sequence[str]
+    appended: Sequence[Sequence[int]]
+    candidates: Sequence[Sequence[int]]
+    generated: Sequence[int]
+    objectives: Sequence[Objective | None]
+    logprobs: Sequence[Sequence[float]] | None = None
+    eos_ids: Sequence[int] = ()
+    tenant: str = ""
+
+    def rows(self) -> list[CandidateJob]:
+        """The same, row by row."""
+        logprobs = [None] * len(self.sessions) if self.logprobs is None else self.logprobs
+        listed = zip(
+            self.sessions, self.appended, self.candidates, self.generated, self.objectives, logprobs, strict=True
+        )
+        return [
+            CandidateJob(Prefix(new, session, self.tenant), ids, generated, objective, logs, self.eos_ids, False)
+            for session, new, ids, generated, objective, logs in listed
+        ]
+
+
+STEP_COLUMNS = ("prefix_tokens", "cached_tokens", "value", "horizon", "log_weights", "session", "objective")
+"""Fields of a step's answer: those of a row of candidates but for the values."""
+
+
+def folded(results: Sequence[Result]) -> Result:
+    """The answers of a step's rows as the one of its ``StepJob``: ``columns``, lists with None where a row failed, and
+    ``errors`` by row."""
+    errors = {at: result for at, result in enumerate(results) if isinstance(result, LenVMError)}
+    rows = [{} if isinstance(result, LenVMError) else result for result in results]
+    return {"columns": {name: [row.get(name) for row in rows] for name in STEP_COLUMNS}, "errors": errors}
+
+
+Job: TypeAlias = PredictJob | TokenScoreJob | CandidateJob | StepJob
 Result: TypeAlias = dict[str, Any] | LenVMError
-"""A row of the wire contract without its ``index``, or the error that it gets instead."""
+"""A row of the wire contract without its ``index``, or the error that it gets instead. Of a ``StepJob``: ``folded``."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +145,16 @@ class Reply:
     inference_ms: float
 
 
+def rows_of(job: Job) -> int:
+    """Rows that a job answers."""
+    return len(job.sessions) if isinstance(job, StepJob) else 1
+
+
 def new_tokens(job: Job) -> int:
     """Tokens that a job brings, at least one: what a queue counts."""
-    if isinstance(job, TokenScoreJob):
+    if isinstance(job, StepJob):
+        tokens = sum(map(len, job.appended)) + sum(map(len, job.candidates))
+    elif isinstance(job, TokenScoreJob):
         tokens = len(job.prompt_ids) + len(job.completion_ids)
     else:
         tokens = len(job.prefix.token_ids) + (len(job.candidates) if isinstance(job, CandidateJob) else 0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lenvm.errors import InvalidRequestError, PoolExhaustedError
-from lenvm.scoring import RowScore, Scorer
+from lenvm.scoring import PrefixState, RowScore, Scorer
 from lenvm_service.engine.jobs import Prefix, Shared
 from lenvm_service.engine.sessions import SessionStore
 from lenvm_service.errors import PrefixUnknownError
@@ -48,6 +48,7 @@ class PrefixStore:
         # Of earlier runs, not copied for the shared tier yet.
         self.unshared: deque[tuple[Chain, ChainBlock]] = deque(maxlen=_UNSHARED)
         self.answered: list[tuple[Chain, float, Any]] = []  # prefixes of the last run: logit, bin log-probs at the end
+        self.stepped: list[tuple[Sequence[Chain], Sequence[PrefixState]]] = []  # and those of its steps
         self.shared_tokens = 0  # of the last run, from the shared tier
         self._roots: dict[str, ChainRoot] = {}
         self._parts = model_sha, layout, secret, shared_secret
@@ -67,7 +68,7 @@ class PrefixStore:
 
     def begin(self) -> None:
         """A run begins: nothing was added yet."""
-        self.fresh, self.answered, self.shared_tokens = [], [], 0
+        self.fresh, self.answered, self.stepped, self.shared_tokens = [], [], [], 0
 
     def clear(self) -> None:
         """Let go of everything that is held."""
@@ -129,10 +130,23 @@ class PrefixStore:
         self.sessions.put(chain, score.state)
         bins = None if score.bin_logprobs is None else score.bin_logprobs[-1]
         self.answered.append((chain, float(score.logits[-1]), bins))
+        self._keep_blocks(scorer, chain, score.state)
+
+    def keep_step(
+        self, scorer: Scorer, chains: Sequence[Chain], states: Sequence[PrefixState], before: Sequence[Chain]
+    ) -> None:
+        """The same for all rows of a decoding step, which went on from ``before``: mostly no block has become full."""
+        self.sessions.put_all(chains, states)
+        self.stepped.append((chains, states))
+        for chain, state, parent in zip(chains, states, before, strict=True):
+            if len(chain.blocks) > len(parent.blocks):
+                self._keep_blocks(scorer, chain, state)
+
+    def _keep_blocks(self, scorer: Scorer, chain: Chain, state: PrefixState) -> None:
         known = len(chain.blocks)
         while known and chain.blocks[known - 1].key not in self.blocks:
             known -= 1  # from the end: in a decoding loop all but the last were there a step ago
         if known < len(chain.blocks):
-            added, held = chain.blocks[known:], scorer.blocks(score.state, known)
+            added, held = chain.blocks[known:], scorer.blocks(state, known)
             self.blocks.put(added, held)
             self.fresh += [(chain, block) for block in added]

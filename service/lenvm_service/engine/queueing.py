@@ -16,10 +16,11 @@ __all__ = ["Backlog", "BatchObserver", "BatcherOptions", "Cost", "Entry", "Reser
 
 
 class Cost(NamedTuple):
-    """What a job adds to a batch: new tokens, and attention cells as the engine pads them."""
+    """What a job adds to a batch: new tokens, attention cells as the engine pads them, and rows."""
 
     tokens: int
     cells: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)

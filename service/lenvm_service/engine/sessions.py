@@ -8,6 +8,7 @@ and nobody can make a handle for a prefix that they have not sent.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,19 @@ class SessionStore:
             session.used = self.tick[0]
         return session
 
+    def get_all(self, handles: Sequence[str]) -> list[Session] | None:
+        """:meth:`get` of each of them; None where any is not held."""
+        found, sessions, tick = list[Session](), self._sessions, self.tick
+        for handle in handles:
+            session = sessions.get(handle)
+            if session is None:
+                return None
+            sessions.move_to_end(handle)
+            tick[0] += 1
+            session.used = tick[0]
+            found.append(session)
+        return found
+
     def __contains__(self, handle: object) -> bool:
         """True where the handle is held; may be asked from any thread."""
         return handle in self._sessions
@@ -77,25 +91,31 @@ class SessionStore:
 
     def put(self, chain: Chain, state: Any) -> str:
         """Keep ``state`` under the chain's handle, instead of an older state of the same prefix."""
-        handle = chain.handle
-        older = self._sessions.pop(handle, None)
-        if older is not None:
-            if older.held_candidates and state.scored is None:
-                state = older.state  # a prediction in between must not cost the next step its promotion
-            self._forget_candidates(handle)
-        self.tick[0] += 1
-        session = self._sessions[handle] = Session(state, chain, self.tick[0])
-        held = session.held_candidates
-        if held:
-            self._holding[handle] = held
-            self._held += held
-        while self._held > self.max_candidates and len(self._holding) > 1:
-            oldest = next(iter(self._holding))
+        self.put_all([chain], [state])
+        return chain.handle
+
+    def put_all(self, chains: Sequence[Chain], states: Sequence[Any]) -> None:
+        """:meth:`put` for each of them, in this order."""
+        sessions, holding, tick = self._sessions, self._holding, self.tick
+        for chain, state in zip(chains, states, strict=True):
+            handle = chain.handle
+            older = sessions.pop(handle, None)
+            if older is not None:
+                if older.held_candidates and state.scored is None:
+                    state = older.state  # a prediction in between must not cost the next step its promotion
+                self._forget_candidates(handle)
+            tick[0] += 1
+            sessions[handle] = Session(state, chain, tick[0])
+            scored = state.scored
+            if scored is not None and (held := len(scored.ids)):
+                holding[handle] = held
+                self._held += held
+        while self._held > self.max_candidates and len(holding) > 1:
+            oldest = next(iter(holding))
             self._forget_candidates(oldest)
-            self._sessions[oldest].state.scored = None
-        while len(self._sessions) > self.max_sessions:
+            sessions[oldest].state.scored = None
+        while len(sessions) > self.max_sessions:
             self.evict()
-        return handle
 
     def evict(self) -> bool:
         """Let go of the session that was used longest ago; False where there is none.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lenvm_service.engine.core import EngineCore
-from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Shared, TokenScoreJob
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Shared, StepJob, TokenScoreJob
 from lenvm_service.prefix_cache import Chain
 from lenvm_service.prefix_cache.redis_tier import Found, RedisTier, Want
 
@@ -46,7 +46,7 @@ async def ask_shared(core: EngineCore, tier: RedisTier, jobs: Sequence[Job], dea
     nbytes = 0
     for at, want, one in zip(places, wants, found, strict=True):
         job = resolved[at]
-        if isinstance(job, TokenScoreJob) or not (one.payloads or one.record):
+        if isinstance(job, TokenScoreJob | StepJob) or not (one.payloads or one.record):
             continue
         resolved[at] = _with_found(job, want, one)
         nbytes += sum(payload.nbytes for payload in one.payloads)
@@ -63,7 +63,7 @@ def _with_found(job: PredictJob | CandidateJob, want: Want, found: Found) -> Pre
 
 async def _with_session(core: EngineCore, tier: RedisTier, job: Job, deadline: float | None) -> Job:
     """The job with its whole prefix, where another replica knows the session and this one does not."""
-    if isinstance(job, TokenScoreJob) or job.prefix.session is None or job.prefix.session in core.sessions:
+    if isinstance(job, TokenScoreJob | StepJob) or job.prefix.session is None or job.prefix.session in core.sessions:
         return job
     root = core.prefixes.root(job.prefix.tenant)
     record = await tier.session(job.prefix.session, root.digest, _left(deadline))
@@ -77,7 +77,7 @@ async def _with_session(core: EngineCore, tier: RedisTier, job: Job, deadline: f
 
 def _want(core: EngineCore, tier: RedisTier, job: Job) -> Want | None:
     """What to look up for a job; None where it is all held here, or would be computed anyway."""
-    if isinstance(job, TokenScoreJob) or job.prefix.session is not None:
+    if isinstance(job, TokenScoreJob | StepJob) or job.prefix.session is not None:
         return None
     ids = job.prefix.token_ids
     if not len(ids) or len(ids) > core.scorer.context or min(ids) < 0 or max(ids) >= core.scorer.vocab_size:
@@ -105,6 +105,9 @@ def leave_shared(core: EngineCore, tier: RedisTier) -> bool:
     prefixes = core.prefixes
     for chain, logit, bin_logprobs in prefixes.answered:
         tier.offer_session(chain, logit, bin_logprobs)
+    for chains, states in prefixes.stepped:
+        for chain, state in zip(chains, states, strict=True):
+            tier.offer_session(chain, state.logit, state.bin_logprobs)
     unshared = prefixes.unshared
     unshared.extend(prefixes.fresh)
     prefixes.begin()

@@ -12,15 +12,16 @@ from pydantic_core import from_json, to_json
 
 from lenvm.errors import LenVMError
 from lenvm.guidance import Objective
-from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, StepJob, TokenScoreJob
 
 __all__ = ["Channel", "RemoteError", "error_fields", "job_fields", "job_of", "result_fields", "result_of"]
 
 _HEAD = struct.Struct("!I")
-_KINDS: dict[str, type[PredictJob] | type[TokenScoreJob] | type[CandidateJob]] = {
+_KINDS: dict[str, type[PredictJob] | type[TokenScoreJob] | type[CandidateJob] | type[StepJob]] = {
     "predict": PredictJob,
     "tokens": TokenScoreJob,
     "candidates": CandidateJob,
+    "step": StepJob,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in _NAMES}
@@ -99,11 +100,19 @@ def error_fields(error: Exception) -> dict[str, Any]:
 def job_fields(job: Job) -> dict[str, Any]:
     """A job as JSON."""
     found = {name: getattr(job, name) for name in _FIELDS[type(job)]}
-    if not isinstance(job, TokenScoreJob):
+    if isinstance(job, PredictJob | CandidateJob):
         prefix = job.prefix
         found["prefix"] = [prefix.token_ids, prefix.session, prefix.tenant]
     if isinstance(job, CandidateJob) and job.objective is not None:
         found["objective"] = job.objective.to_dict()
+    if isinstance(job, StepJob):
+        # Rows mostly want the same: what each wants by its number among all that is wanted.
+        wanted = list({id(objective): objective for objective in job.objectives}.values())
+        places = {id(objective): at for at, objective in enumerate(wanted)}
+        found["objectives"] = [
+            [None if objective is None else objective.to_dict() for objective in wanted],
+            [places[id(objective)] for objective in job.objectives],
+        ]
     found["kind"] = _NAMES[type(job)]
     return found
 
@@ -116,12 +125,19 @@ def job_of(told: dict[str, Any]) -> Job:
         told["prefix"] = Prefix(token_ids, session, tenant)
     if told.get("objective") is not None:
         told["objective"] = Objective.from_dict(told["objective"])
+    if "objectives" in told:
+        wanted = [None if objective is None else Objective.from_dict(objective) for objective in told["objectives"][0]]
+        told["objectives"] = [wanted[at] for at in told["objectives"][1]]
     return kind(**told)
 
 
 def result_fields(result: dict[str, Any] | LenVMError) -> dict[str, Any]:
     """A row or its error as JSON."""
-    return {"error": error_fields(result)} if isinstance(result, LenVMError) else {"row": result}
+    if isinstance(result, LenVMError):
+        return {"error": error_fields(result)}
+    if "errors" in result:  # of a step's rows
+        return {"row": {**result, "errors": [[at, error_fields(error)] for at, error in result["errors"].items()]}}
+    return {"row": result}
 
 
 def result_of(told: dict[str, Any]) -> dict[str, Any] | LenVMError:
@@ -129,4 +145,6 @@ def result_of(told: dict[str, Any]) -> dict[str, Any] | LenVMError:
     if "error" in told:
         return RemoteError(told["error"])
     row: dict[str, Any] = told["row"]
+    if "errors" in row:
+        row["errors"] = {at: RemoteError(error) for at, error in row["errors"]}
     return row

@@ -1,0 +1,121 @@
+"""Rows of a decoding step as columns, on their way out and back: names once for all rows, and every check once.
+
+A step of 32 rows is written and read in a fraction of the time that its rows take one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from lenvm_client._decode import decode
+from lenvm_client._types import CandidateInput, CandidateScores, RowError
+from lenvm_client._wire import Call, candidate_scores, dump
+from lenvm_client.errors import BadAnswerError, InvalidRequestError
+
+__all__ = ["StepCall", "step_call"]
+
+_ANSWERED = ("prefix_tokens", "cached_tokens", "value", "horizon", "log_weights", "session", "objective")
+
+
+@dataclass(frozen=True)
+class StepCall(Call[list[CandidateScores | RowError]]):
+    """A call of /score with columns; the answer comes back as rows."""
+
+    inputs: Sequence[CandidateInput] = ()
+
+    def _decoded(self, data: Any) -> list[CandidateScores | RowError]:
+        columns, errors = (data.get(name) if isinstance(data, dict) else None for name in ("columns", "errors"))
+        if not isinstance(columns, dict) or not isinstance(errors, list):
+            raise BadAnswerError("the answer has no columns: client and service versions may not fit")
+        count = len(self.inputs)
+        for name in _ANSWERED:
+            if not isinstance(columns.get(name), list) or len(columns[name]) != count:
+                raise BadAnswerError(f"{count} inputs were sent, the answer's columns.{name} does not match them")
+        if not errors and (plain := _plain_rows(columns, self.inputs)) is not None:
+            return plain
+        failed = {row.index: row for row in (decode(RowError, each, ("answer", "errors")) for each in errors)}
+        rows: list[CandidateScores | RowError] = []
+        for at in range(count):
+            row = failed.get(at)
+            if row is not None:
+                rows.append(row)
+                continue
+            fields = {name: columns[name][at] for name in _ANSWERED}
+            path = (("answer", "columns"), at)
+            rows.append(decode(CandidateScores, {"index": at, "values": [], "horizons": [], **fields}, path))
+        return candidate_scores(rows, self.inputs)
+
+
+def step_call(rows: Sequence[CandidateInput], options: Mapping[str, Any]) -> StepCall | None:
+    """The rows as one call with columns; None where they do not fit: a prefix that is no session, values that are
+    wanted, log-probs of some rows only, rows with EOS ids of their own, what JSON cannot carry, or a single row, which
+    gains nothing."""
+    if len(rows) < 2:
+        return None
+    sessions = [row.session for row in rows]
+    logprobs = [row.logprobs for row in rows]
+    eos_ids, objective = rows[0].eos_ids, rows[0].objective
+    if (
+        None in sessions
+        or any(row.return_values for row in rows)
+        or any(row.eos_ids is not eos_ids and row.eos_ids != eos_ids for row in rows)
+        or any(row.token_ids is not None or row.prompt is not None or row.messages is not None for row in rows)
+        or 0 < sum(logs is None for logs in logprobs) < len(rows)
+    ):
+        return None
+    columns: dict[str, Any] = {
+        "session": sessions,
+        "append": [row.append for row in rows],
+        "candidates": [row.candidates for row in rows],
+        "generated": [row.generated for row in rows],
+    }
+    if logprobs[0] is not None:
+        columns["logprobs"] = logprobs
+    if any(row.objective is not objective for row in rows):
+        columns["objective"] = [row.objective for row in rows]
+    elif objective is not None:
+        columns["objective"] = objective
+    if len(eos_ids):
+        columns["eos_ids"] = eos_ids
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        content = dump({"columns": columns, **given})
+    except InvalidRequestError:  # told of the row that it is in
+        return None
+    return StepCall("POST", "/score", list, content, inputs=rows)
+
+
+def _plain_rows(
+    columns: Mapping[str, list[Any]], inputs: Sequence[CandidateInput]
+) -> list[CandidateScores | RowError] | None:
+    """The rows, where all is just as the service sends it; None for all else, which is looked at row by row."""
+    tokens, cached, values, horizons, weights, sessions, objectives = (columns[name] for name in _ANSWERED)
+    if (
+        set(map(type, tokens)) | set(map(type, cached)) != {int}
+        or set(map(type, values)) | set(map(type, horizons)) != {float}
+        or set(map(type, sessions)) != {str}
+        or set(map(type, weights)) != {list}
+        or list(map(len, weights)) != [len(row.candidates) for row in inputs]
+        or objectives.count(None) != len(objectives)
+    ):
+        return None
+    numbers = list(chain(values, horizons, *weights))
+    # No sum is finite that holds what is not.
+    if set(map(type, numbers)) != {float} or not math.isfinite(sum(numbers)):
+        return None
+    rows: list[CandidateScores | RowError] = []
+    for at, (count, held, value, horizon, its, session) in enumerate(
+        zip(tokens, cached, values, horizons, weights, sessions, strict=True)
+    ):
+        # What the __init__ of a frozen dataclass does, at once and not field by field.
+        made = object.__new__(CandidateScores)
+        made.__dict__.update(
+            index=at, values=(), horizons=(), log_weights=tuple(its), session=session, objective=None, value=value,
+            horizon=horizon, prefix_tokens=count, cached_tokens=held,
+        )  # fmt: skip
+        rows.append(made)
+    return rows

@@ -1,0 +1,234 @@
+"""Decoding steps as columns: all rows of all steps of a batch side by side, from the sessions to the answer.
+
+On a GPU a step of 32 rows takes a millisecond: here as little as can be is done for each row by itself, and what need
+not be known before the launch is done while the device is at work.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lenvm.errors import InvalidRequestError, PoolExhaustedError
+from lenvm.guidance import Objective, PreparedWeights, check_objective
+from lenvm.returns import horizon_from_logit, value_from_logit
+from lenvm.scoring import PrefixState, StepScores, packed_ids
+from lenvm_service.engine.jobs import Result, StepJob
+from lenvm_service.engine.sessions import Session
+from lenvm_service.garbage import collect_young
+from lenvm_service.prefix_cache import Chain
+from lenvm_service.tracing import traced
+
+if TYPE_CHECKING:
+    from lenvm_service.engine.core import EngineCore
+
+__all__ = ["answer_steps"]
+
+_BLOCKS = 2  # of the pool, at most, for a row: that of its new token, and one for a copy-on-write
+
+
+class _Stepping(Protocol):
+    """A scorer that takes a step as columns (``TorchScorer.step``)."""
+
+    def step(
+        self,
+        before: Sequence[PrefixState | None],
+        appended: Sequence[Sequence[int]],
+        ids: NDArray[np.int32],
+        counts: Sequence[int],
+        meanwhile: Callable[[Sequence[PrefixState]], None] | None = None,
+    ) -> StepScores | None: ...
+
+
+def answer_steps(core: EngineCore, jobs: Sequence[StepJob]) -> list[Result] | None:
+    """Answers aligned with ``jobs``, by one graph for all of their rows. None, with nothing done, where any row is in
+    any way not plainly as it should be: row by row it gets its answer, or its typed error."""
+    if not hasattr(core.scorer, "step") or (step := _Step.of(core, jobs)) is None:
+        return None
+    return step.answers()
+
+
+class _Step:
+    """The rows of some steps, checked.
+
+    ``terminal`` [T]: which candidates, all rows' one after another, end the answer, and so are not scored; ``places``
+    [T]: where each stands in [R, width].
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        jobs: Sequence[StepJob],
+        sessions: Sequence[Session],
+        flat: NDArray[np.int32],
+        sizes: Sequence[int],
+        terminal: NDArray[np.bool_],
+    ) -> None:
+        self.core, self.jobs, self.sessions, self.sizes = core, jobs, sessions, sizes
+        self.appended = [new for job in jobs for new in job.appended]
+        self.generated = [count for job in jobs for count in job.generated]
+        self.objectives = [objective for job in jobs for objective in job.objectives]
+        self.shape = len(sizes), max(sizes)
+        each = np.array(sizes)
+        self.of_row = np.repeat(np.arange(len(sizes)), each)
+        self.places = np.arange(len(flat)) + np.repeat(
+            self.shape[1] * np.arange(len(sizes)) - each.cumsum() + each, each
+        )
+        self.terminal, self.flat = terminal, flat
+
+    @classmethod
+    def of(cls, core: EngineCore, jobs: Sequence[StepJob]) -> _Step | None:
+        """None where some row is not as it should be."""
+        sessions: list[Session] = []
+        for job in jobs:
+            its = core.sessions.get_all(job.sessions)
+            root = core.prefixes.root(job.tenant)
+            if its is None or any(session.chain.root is not root for session in its):
+                return None
+            sessions += its
+        candidates = [ids for job in jobs for ids in job.candidates]
+        sizes = list(map(len, candidates))
+        if not min(sizes) or any(len(set(ids)) != size for ids, size in zip(candidates, sizes, strict=True)):
+            return None
+        flat = packed_ids(candidates, sum(sizes))
+        if flat is None or flat.view(np.uint32).max() >= core.scorer.vocab_size:  # negative ids are the largest then
+            return None
+        if not all(_suits(core, job) for job in jobs):
+            return None
+        step = cls(core, jobs, sessions, flat, sizes, _ends(core, jobs, flat))
+        return step if step._fits() else None
+
+    def _fits(self) -> bool:
+        """Whether every row has something to be scored, no more content tokens than tokens, and the pool has room."""
+        core = self.core
+        self.ids = self.flat[~self.terminal]
+        self.counts: list[int] = np.bincount(self.of_row[~self.terminal], minlength=len(self.sizes)).tolist()
+        if not min(self.counts):
+            return False
+        for session, new, generated in zip(self.sessions, self.appended, self.generated, strict=True):
+            if not 0 <= generated <= session.state.length + len(new):
+                return False
+        needed = _BLOCKS * len(self.sizes)
+        if needed >= core.scorer.pool.max_blocks:
+            return False
+        core.prefixes.make_room(core.scorer, needed)
+        return True
+
+    def answers(self) -> list[Result] | None:
+        """See ``answer_steps``."""
+        core = self.core
+        states = [session.state for session in self.sessions]
+        try:
+            with traced(core.tracing, "forward", rows=len(states)):
+                found = cast(_Stepping, core.scorer).step(states, self.appended, self.ids, self.counts, self._meanwhile)
+        except PoolExhaustedError:
+            return None
+        if found is None:
+            return None
+        return self._answers(found)
+
+    def _meanwhile(self, states: Sequence[PrefixState]) -> None:
+        """What follows from the jobs and the prefixes alone."""
+        own = np.array([state.logit for state in states])
+        lengths = [state.length for state in states]
+        self.columns: dict[str, list[Any]] = {
+            "prefix_tokens": lengths,
+            "cached_tokens": lengths,
+            "value": value_from_logit(own).tolist(),
+            "horizon": horizon_from_logit(own, self.core.scorer.gamma).tolist(),
+        }
+        self.finite = bool(np.isfinite(own).all())
+        self.chains: list[Chain] = [
+            session.chain.extend(new) for session, new in zip(self.sessions, self.appended, strict=True)
+        ]
+        for chain in self.chains:
+            assert chain.handle  # worked out now
+        is_eos, logprobs = np.zeros(self.shape, np.bool_), np.full(self.shape, -np.inf)
+        is_eos.reshape(-1)[self.places[self.terminal]] = True
+        begin = 0
+        for job in self.jobs:
+            rows = len(job.sessions)
+            if job.logprobs is not None:
+                logs = [log for its in job.logprobs for log in its]
+                first = int(np.searchsorted(self.of_row, begin))
+                logprobs.reshape(-1)[self.places[first : first + len(logs)]] = logs
+            begin += rows
+        self.weights = PreparedWeights(
+            self.objectives,
+            is_eos,
+            np.array(self.generated),
+            logprobs,
+            bins=self.core.scorer.bins,
+            gamma=self.core.scorer.gamma,
+        )
+        given = [objective for objective in self.objectives if objective is not None]
+        self.core.counts.guided.update(Counter((objective.kind, objective.method) for objective in given))
+        collect_young(len(self.sizes))
+
+    def _answers(self, found: StepScores) -> list[Result]:
+        core, columns = self.core, self.columns
+        numbers = found.scored()
+        if not (self.finite and np.isfinite(numbers[:, 0]).all()):
+            raise ArithmeticError("the model gave values that are not finite")  # whatever these are, no answers
+        columns["log_weights"] = self._weights(numbers)
+        columns["session"] = [chain.handle for chain in self.chains]
+        columns["objective"] = [None] * len(self.chains)
+        core.counts.cached_tokens += sum(columns["cached_tokens"])
+        core.prefixes.keep_step(core.scorer, self.chains, found.states, [session.chain for session in self.sessions])
+        if len(self.jobs) == 1:
+            return [{"columns": columns, "errors": {}}]
+        results: list[Result] = []
+        begin = 0
+        for job in self.jobs:
+            end = begin + len(job.sessions)
+            results.append({"columns": {name: its[begin:end] for name, its in columns.items()}, "errors": {}})
+            begin = end
+        return results
+
+    def _weights(self, numbers: NDArray[np.float64]) -> list[Any]:
+        """Log-weights of each row's candidates; None where it has no objective."""
+        scored = self.places[~self.terminal]
+        if self.core.scorer.bins is not None and self.weights.reads_bins_alone:
+            weights = self.weights.of_scored(scored, numbers[:, 1:])
+        else:
+            flat = np.full((self.shape[0] * self.shape[1], numbers.shape[1]), np.nan)
+            flat[scored] = numbers
+            whole = flat.reshape(*self.shape, -1)
+            weights = self.weights(whole[..., 0], None if self.core.scorer.bins is None else whole[..., 1:])
+        listed, width = weights.tolist(), self.shape[1]
+        return [
+            None if objective is None else its if size == width else its[:size]
+            for its, size, objective in zip(listed, self.sizes, self.objectives, strict=True)
+        ]
+
+
+def _suits(core: EngineCore, job: StepJob) -> bool:
+    """Whether this model can answer the job's objectives as they stand, and its log-probs are as many as candidates."""
+    logprobs = job.logprobs
+    if logprobs is not None and list(map(len, logprobs)) != list(map(len, job.candidates)):
+        return False
+    wanted: dict[int, Objective | None] = {id(objective): objective for objective in job.objectives}
+    try:
+        for objective in wanted.values():
+            check_objective(
+                objective, bins=core.scorer.bins, gamma=core.scorer.gamma, has_logprobs=logprobs is not None
+            )
+    except InvalidRequestError:  # a scale, too
+        return False
+    return True
+
+
+def _ends(core: EngineCore, jobs: Sequence[StepJob], flat: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[T]: which candidates end the answer."""
+    terminal = np.zeros(len(flat), np.bool_)
+    begin = 0
+    for job in jobs:
+        end = begin + sum(map(len, job.candidates))
+        for token in core.eos_ids.union(job.eos_ids):
+            terminal[begin:end] |= flat[begin:end] == token
+        begin = end
+    return terminal
