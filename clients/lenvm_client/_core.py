@@ -36,6 +36,7 @@ __all__ = ["Core", "OnError", "RowFailure"]
 FORCED_STOP_LOGPROB = math.log(1e-3)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 ROW_RETRIES = 2
+_LARGEST_ID = 1 << 31
 # Re-encoding a text changes its last few tokens, so that the session that is gone on from may lie further behind.
 TEXT_APPEND = 8
 
@@ -93,6 +94,9 @@ class Core:
         self._left: list[tuple[Live, WeightedRow]] = []
         self._entered: list[Live] = []
         self._ended: list[GuidedRow] = []
+        # By place in a step: prefixes, and the sessions that they were given. A row that goes on from the one that
+        # stood there is known at once, and need not be hashed before the call.
+        self._places: dict[int, tuple[Sequence[int], str]] = {}
         self._gave_up = False  # some row did, ever
         self.start()
 
@@ -100,6 +104,7 @@ class Core:
         """A new generation: the report's counters start again; known prefixes stay. ``sampled`` False (greedy, beams):
         tokens follow no distribution, so that the text cost is NaN."""
         self._catch_up()
+        self._places.clear()
         self._sampled = sampled
         self._calls = 0
         self._seconds = 0.0
@@ -163,6 +168,9 @@ class Core:
             raise InvalidRequestError(
                 f"row {at}: a unit is counted on text: give the decoder a TextAdapter", param="unit"
             )
+        plain = _plain_chances(row)
+        if plain is not None:
+            return self._known(Live(at, row, *plain))
         chances = {int(i): float(p) for i, p in zip(row.candidates, row.logprobs, strict=True)}
         if len(chances) != len(row.candidates):
             raise InvalidRequestError(f"row {at} names a candidate twice: give each once", param="candidates")
@@ -171,9 +179,34 @@ class Core:
         kept = {token: logprob for token, logprob in chances.items() if logprob != -math.inf}
         if not all(math.isfinite(logprob) for logprob in kept.values()):
             raise InvalidRequestError(f"row {at} has a log-prob that is NaN or +inf", param="logprobs")
-        parent, digest = digests(row.prefix)
-        key = objective_key(row.objective)
-        return Live(at, row, tuple(kept), tuple(kept.values()), parent, digest, (digest, key))
+        return self._known(Live(at, row, tuple(kept), tuple(kept.values())))
+
+    def _known(self, x: Live) -> Live:
+        """The row with its parent's session, or hashed."""
+        prefix, place = x.row.prefix, self._places.get(x.at)
+        if (
+            place is not None
+            and isinstance(prefix, list | tuple)
+            and type(prefix) is type(place[0])
+            and len(prefix) == len(place[0]) + 1
+            and type(prefix[-1]) is int
+            and 0 <= prefix[-1] < _LARGEST_ID
+            and prefix[:-1] == place[0]
+        ):
+            x.session = place[1]
+        else:
+            self._hash(x)
+        return x
+
+    def _hash(self, x: Live) -> None:
+        if x.prefix is not None:
+            return
+        prefix = x.row.prefix
+        x.parent, x.digest = digests(prefix)
+        x.lineage = x.digest, objective_key(x.row.objective)
+        x.prefix = prefix[:]  # the caller's may grow
+        if x.session is not None:
+            x.used = x.parent
 
     def _catch_up(self) -> None:
         """Note down the rows that the last step left, then look up those that have come since."""
@@ -182,6 +215,7 @@ class Core:
             self._note(x, weighted)
         entered, self._entered = self._entered, []
         for x in entered:
+            self._hash(x)
             x.tally = self._tally(x.row, ended=False, parent=(x.parent, x.lineage[1]))
         ended, self._ended = self._ended, []
         for row in ended:
@@ -250,10 +284,12 @@ class Core:
         row, objective = x.row, x.row.objective
         if objective is None or x.resent or objective.get("kind") == "scale" or "unit" in objective:
             return None
-        session = self._sessions.get(x.parent)
-        if session is None or x.digest in self._sessions:
-            return None
-        x.used = x.parent
+        session = x.session
+        if session is None:
+            session = self._sessions.get(x.parent)
+            if session is None or x.digest in self._sessions:
+                return None
+            x.used = x.parent
         asked = object.__new__(CandidateInput)
         asked.__dict__.update(
             _NOTHING_ASKED,
@@ -269,6 +305,7 @@ class Core:
         return asked
 
     def _input(self, x: Live) -> CandidateInput:
+        self._hash(x)
         view = self._view(x)
         prefix, generated, objective, known = view.prefix, view.generated, view.objective, x.digests
         if objective is not None and objective.get("kind") == "scale" and generated > 0:
@@ -326,6 +363,8 @@ class Core:
             digest = x.digest if view is None else x.prompt if x.boundary else x.digests[-1]
             if answer.session is not None:
                 self._sessions.put(digest, answer.session)
+                if view is None and x.prefix is not None:
+                    self._places[x.at] = x.prefix, answer.session
             if sent.objective is not None and sent.objective.get("kind") == "scale":
                 if answer.objective is None:
                     raise BadAnswerError(f"row {x.at}: a scale was not resolved to a tilt")
@@ -391,6 +430,17 @@ class Core:
         )
         tally = Tally(report, x.tally.given_up)
         self._records.put(x.lineage, Record(tally, dict(zip(x.ids, costs, strict=True)), forced))
+
+
+def _plain_chances(row: GuidedRow) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Candidates and log-probs with the EOS ids that are none yet, where all are numbers and finite, as nearly always;
+    None for all else, which is looked at one by one."""
+    ids, logprobs = tuple(row.candidates), tuple(row.logprobs)
+    for token, logprob in row.eos_logprobs.items():
+        if token not in ids:
+            ids, logprobs = (*ids, token), (*logprobs, logprob)
+    fits = set(map(type, ids)) == {int} and set(map(type, logprobs)) == {float} and len(set(ids)) == len(ids)
+    return (ids, logprobs) if fits and math.isfinite(sum(logprobs)) else None
 
 
 def _reads_logprobs(objective: Mapping[str, Any] | None) -> bool:

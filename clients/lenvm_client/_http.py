@@ -71,23 +71,27 @@ class Base:
     def _request(
         self, call: Call[Any], send: Send, request_id: str | None, timeout: Timeout, given: Headers | None
     ) -> dict[str, Any]:
-        """Arguments of the HTTP library. No phase of an attempt may outlast what is left of the total time."""
+        """Arguments of the HTTP library."""
         headers = _checked_headers(given)
         if call.content is not None:
             headers["content-type"] = "application/json"
         if request_id is not None:
             headers["x-request-id"] = _header_value(request_id, "request_id")
-        phases = (self.timeout if timeout is None else _checked(timeout)).as_dict()
-        if send.left_s is not None:
-            left = max(send.left_s, 1e-3)
-            phases = {name: left if value is None else min(value, left) for name, value in phases.items()}
         return {
             "method": call.method,
             "url": self._url(call.path),
             "content": call.content,
             "headers": headers,
-            "timeout": httpx2.Timeout(**phases),
+            "timeout": httpx2.Timeout(**self._limits(send, timeout)),
         }
+
+    def _limits(self, send: Send, timeout: Timeout) -> dict[str, float | None]:
+        """Seconds of each phase of an attempt: none may outlast what is left of the total time."""
+        phases: dict[str, float | None] = (self.timeout if timeout is None else _checked(timeout)).as_dict()
+        if send.left_s is not None:
+            left = max(send.left_s, 1e-3)
+            phases = {name: left if value is None else min(value, left) for name, value in phases.items()}
+        return phases
 
 
 def settings(base_url: str, api_key: str | None, headers: Headers | None) -> dict[str, Any]:

@@ -73,9 +73,11 @@ class Live:
     row: GuidedRow
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    parent: bytes
-    digest: bytes
-    lineage: Lineage
+    session: str | None = None  # of its parent, where the same place had that the step before
+    prefix: Sequence[int] | None = None  # a copy, once it was hashed; None: ``parent`` to ``lineage`` are not known yet
+    parent: bytes = b""
+    digest: bytes = b""
+    lineage: Lineage = (b"", "")
     tally: Tally = field(default_factory=Tally)  # known once the step has caught up
     weights: tuple[float, ...] | None = None
     view: View | None = None  # as it is asked about, once it was

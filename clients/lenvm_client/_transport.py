@@ -12,13 +12,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.request import getproxies
 
 import httpx2
 
-__all__ = ["MEANWHILE", "Direct", "direct"]
+__all__ = ["MEANWHILE", "Direct", "direct", "request_head"]
 
 MEANWHILE = "lenvm_meanwhile"
 """Extension of a request: called once it was written, while its answer is awaited."""
@@ -31,7 +31,7 @@ _HEAD_BYTES = 128 * 1024
 _PIECE = 1 << 18
 
 
-def direct(url: httpx2.URL) -> httpx2.BaseTransport | None:
+def direct(url: httpx2.URL) -> Direct | None:
     """The transport for a service at ``url``; None: the library's own is to be taken."""
     if url.scheme != "http" or any(name in getproxies() for name in ("http", "all")):
         return None
@@ -81,7 +81,47 @@ class Direct(httpx2.BaseTransport):
             answer.status, headers=answer.headers, stream=_Body(self, answer), extensions={"http_version": b"HTTP/1.1"}
         )
 
-    def _take(self, origin: tuple[str, int], limits: Mapping[str, Any], request: httpx2.Request) -> _Connection:
+    def exchange(
+        self,
+        origin: tuple[str, int],
+        data: bytes,
+        limits: Mapping[str, Any],
+        meanwhile: Callable[[], None] | None,
+        late: Callable[[], bool],
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
+        """A whole request out, a whole answer in: status, header fields, body. Nothing of the library is between.
+
+        ``late`` is asked after each piece: True ends it with None. Raises the library's transport errors."""
+        if not self._room.acquire(timeout=limits.get("pool")):
+            raise httpx2.PoolTimeout("no connection was free")
+        connection = None
+        try:
+            connection = self._take(origin, limits, None)
+            broken = connection.send(data, limits, None)
+            if meanwhile is not None:
+                meanwhile()
+            answer = _Answer(self._parsers, connection, None)
+            try:
+                while not answer.whole:
+                    answer.read_some()
+                    if late():
+                        connection.close()
+                        self._room.release()
+                        return None
+            except httpx2.TransportError:
+                if broken is not None:
+                    raise broken from None
+                raise
+            answer.usable = broken is None
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            self._room.release()
+            raise
+        self.finished(answer)
+        return answer.status, answer.headers, answer.taken()
+
+    def _take(self, origin: tuple[str, int], limits: Mapping[str, Any], request: httpx2.Request | None) -> _Connection:
         """An idle connection that is still open, or a new one."""
         now = time.monotonic()
         while self._idle:
@@ -118,6 +158,13 @@ class Direct(httpx2.BaseTransport):
                 self._idle.pop().close()
 
 
+def request_head(request: httpx2.Request) -> bytes:
+    """The request line and the header fields, without the end of these and what they say of the content."""
+    said = (b"content-length", b"content-type")
+    lines = [b"%s: %s\r\n" % field for field in request.headers.raw if field[0].lower() not in said]
+    return b"%s %s HTTP/1.1\r\n%s" % (request.method.encode("ascii"), request.url.raw_path, b"".join(lines))
+
+
 def _head(request: httpx2.Request) -> bytes:
     lines = [b"%s: %s\r\n" % field for field in request.headers.raw]
     return b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method.encode("ascii"), request.url.raw_path, b"".join(lines))
@@ -126,7 +173,7 @@ def _head(request: httpx2.Request) -> bytes:
 class _Connection:
     """A socket, with its errors as the library's."""
 
-    def __init__(self, origin: tuple[str, int], limits: Mapping[str, Any], request: httpx2.Request) -> None:
+    def __init__(self, origin: tuple[str, int], limits: Mapping[str, Any], request: httpx2.Request | None) -> None:
         self.origin, self.since = origin, 0.0
         try:
             self._socket = socket.create_connection(origin, limits.get("connect"))
@@ -147,7 +194,7 @@ class _Connection:
         poll.register(self._socket, select.POLLIN)
         return not poll.poll(0)
 
-    def send(self, data: bytes, limits: Mapping[str, Any], request: httpx2.Request) -> httpx2.WriteError | None:
+    def send(self, data: bytes, limits: Mapping[str, Any], request: httpx2.Request | None) -> httpx2.WriteError | None:
         """Send all of it, each piece within the time. What broke it is given back: a server that refuses a request
         before it is whole has perhaps said why."""
         self._wait_for(limits.get("write"))
@@ -167,7 +214,7 @@ class _Connection:
             self._socket.settimeout(limit)
             self._limit = limit
 
-    def receive(self, request: httpx2.Request) -> bytes:
+    def receive(self, request: httpx2.Request | None) -> bytes:
         """Some bytes; none at the end."""
         try:
             return self._socket.recv(_PIECE)
@@ -183,7 +230,7 @@ class _Connection:
 class _Answer:
     """What the parser makes of the bytes that come."""
 
-    def __init__(self, parsers: Any, connection: _Connection, request: httpx2.Request) -> None:
+    def __init__(self, parsers: Any, connection: _Connection, request: httpx2.Request | None) -> None:
         self.connection, self._request, self._parsers = connection, request, parsers
         self.status, self.headers, self._parts = 0, list[tuple[bytes, bytes]](), list[bytes]()
         self._headed = self._whole = self._further = self.reusable = False
@@ -228,9 +275,25 @@ class _Answer:
     def read_head(self) -> None:
         """Until the header fields are whole."""
         while not self._headed:
-            if self._head_bytes > _HEAD_BYTES:
-                raise httpx2.RemoteProtocolError("the answer's header fields are too large", request=self._request)
-            self._head_bytes += self._feed()
+            self.read_some()
+
+    def read_some(self) -> None:
+        """A piece of the header fields or of the body, or both."""
+        if not self._headed and self._head_bytes > _HEAD_BYTES:
+            raise httpx2.RemoteProtocolError("the answer's header fields are too large", request=self._request)
+        count = self._feed()
+        if not self._headed:
+            self._head_bytes += count
+
+    @property
+    def whole(self) -> bool:
+        """Nothing more comes."""
+        return self._whole
+
+    def taken(self) -> bytes:
+        """What has come of the body since."""
+        parts, self._parts = self._parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def body(self) -> Iterator[bytes]:
         """The pieces as they come."""

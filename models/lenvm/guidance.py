@@ -31,6 +31,7 @@ __all__ = [
     "PreparedWeights",
     "check_objective",
     "eos_fade",
+    "expect_step",
     "log_utility",
     "log_weights",
     "resolve_scale",
@@ -350,11 +351,8 @@ class _Posterior:
         count = self._count
         self._log_u: FloatArray | None = None
         if bins is not None:
-            once = np.array(list(alike)).reshape(-1, 4)
-            at = once[:, 3:]
-            self._log_u = _log_mean_utility(once[:, :1], once[:, 1:2], once[:, 2:3], at + bins.lo, at + bins.hi)
-            self._peak = self._log_u.max(axis=-1)
-            self._u = np.exp(self._log_u - self._peak[:, None])
+            of_bins = _one_bin_utility if len(alike) == 1 else _bin_utilities
+            self._log_u, self._peak, self._u = of_bins(tuple(alike), bins)
         past = np.where(count > pivot, self._right_rate, -left_rate) * (count - pivot)
         self._eos, self._at_eos = eos, np.broadcast_to(-past, eos.shape)
         if logprobs is not None and any(objective.min_eos_prob for objective in objectives):
@@ -390,6 +388,27 @@ class _Posterior:
                 peak = np.where(np.isfinite(peak), peak, 0.0)
                 raw[small] = peak[:, 0] + np.log(np.exp(terms - peak).sum(axis=-1))
         return raw
+
+
+def _bin_utilities(asked: Sequence[tuple[float, ...]], bins: LengthBins) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """What each bin is worth to each of ``asked`` (``utility`` and content tokens so far): log u [P, n], its largest
+    [P], and u relative to that."""
+    once = np.array(asked).reshape(-1, 4)
+    at = once[:, 3:]
+    log_u = _log_mean_utility(once[:, :1], once[:, 1:2], once[:, 2:3], at + bins.lo, at + bins.hi)
+    peak: FloatArray = log_u.max(axis=-1)
+    return log_u, peak, np.exp(log_u - peak[:, None])
+
+
+# Nobody writes into what it gives.
+_one_bin_utility = lru_cache(maxsize=1024)(_bin_utilities)
+
+
+def expect_step(objective: Objective, generated: int, bins: LengthBins | None) -> None:
+    """Work out now what a batch will take that wants this after ``generated`` content tokens: a loop's next step, while
+    nobody waits."""
+    if bins is not None and objective.method == "posterior" and objective.kind != "scale":
+        _one_bin_utility(((*utility(objective), float(generated)),), bins)
 
 
 def _too_unlikely(

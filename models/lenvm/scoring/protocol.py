@@ -62,12 +62,24 @@ class RowScore:
 
 @dataclass(slots=True)
 class StepScores:
-    """Answer of a decoding step, all R rows side by side. ``states`` [R]: of the prefixes; ``numbers``
-    [R, width, 1 + n]: value logit and bin log-probs of each candidate, of which row r has ``counts[r]``."""
+    """Answer of a decoding step, all R rows side by side.
 
-    states: Sequence[PrefixState]
+    ``lengths`` [R] and ``logits`` [R]: of the prefixes, their tokens and value logits; ``numbers`` [R, width, 1 + n]:
+    value logit and bin log-probs of each candidate, of which row r has ``counts[r]``; ``make``: see ``states``.
+    """
+
+    lengths: Sequence[int]
+    logits: NDArray[np.float64]
     numbers: NDArray[np.float64]
     counts: Sequence[int]
+    make: Callable[[], Sequence[PrefixState]]
+    made: Sequence[PrefixState] | None = None
+
+    def states(self) -> Sequence[PrefixState]:
+        """States of the prefixes [R]: made when they are first asked for, since no answer waits for them."""
+        if self.made is None:
+            self.made = self.make()
+        return self.made
 
     def scored(self) -> NDArray[np.float64]:
         """[S, 1 + n]: the numbers of all candidates, one row's after another's."""

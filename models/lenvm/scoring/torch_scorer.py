@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -86,6 +86,18 @@ class _Work:
     def new_tokens(self) -> int:
         """Tokens that this row sends through the backbone."""
         return len(self.tail) + len(self.row.candidates)
+
+
+def _row_scores(step: StepScores) -> list[RowScore]:
+    answers = []
+    for row, state in enumerate(step.states()):
+        assert isinstance(state, TorchState)
+        scored = state.scored
+        assert scored is not None
+        own = None if state.bin_logprobs is None else state.bin_logprobs[None]
+        logits, bins = scored.logits, scored.bin_logprobs
+        answers.append(RowScore(state, step.logits[row : row + 1], own, logits, bins, state.length))
+    return answers
 
 
 class TorchScorer:
@@ -442,9 +454,14 @@ class TorchScorer:
         ids = packed_ids(candidates, sum(counts)) if all(counts) and counts else None
         if ids is None or any(row.values_from is not None and len(row.append) for row in rows):
             return None
-        also = None if meanwhile is None else lambda _: meanwhile()
+
+        def also(step: StepScores) -> None:
+            step.states()
+            if meanwhile is not None:
+                meanwhile()
+
         found = self.step([row.state for row in rows], [row.append for row in rows], ids, counts, also)
-        return None if found is None else self._row_scores(found)
+        return None if found is None else _row_scores(found)
 
     @torch.inference_mode()
     def step(
@@ -453,12 +470,12 @@ class TorchScorer:
         appended: Sequence[Sequence[int]],
         ids: NDArray[np.int32],
         counts: Sequence[int],
-        meanwhile: Callable[[Sequence[TorchState]], None] | None = None,
+        meanwhile: Callable[[StepScores], None] | None = None,
     ) -> StepScores | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates: ``counts[row]`` of ``ids``, all rows' one after another. None
         for any other call, or where this GPU or driver would not record the step (for good). ``meanwhile`` is called
-        with the new states while the device is at work: what they were scored with is not to be read yet.
+        with the answer while the device is at work: its numbers are not there yet.
 
         The device waits for this, so that it does in one loop what must be known before the launch, and no more.
         Raises PoolExhaustedError."""
@@ -505,59 +522,62 @@ class TorchScorer:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
             return None
-        # The answer is put together while the device is at work: views of numbers that are not there yet.
-        states = []
-        for state, own, length, at in zip(before, held, lengths, chosen, strict=True):
-            was: Any = state
-            logit, bins = was.logit, was.bin_logprobs
-            if at >= 0:
-                scored = was.scored
-                # A copy: a handle that lives long must not keep all numbers of its step alive.
-                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at].copy()
-            states.append(TorchState(own, length, logit, bins))
+        # While the device is at work.
+        logits = [
+            was.logit if at < 0 else was.scored.logits[at]
+            for was, at in zip(cast(Sequence[Any], before), chosen, strict=True)
+        ]
+
+        def made() -> list[TorchState]:
+            return self._step_states(before, held, lengths, chosen, ids, counts, launched)
+
+        found = StepScores(lengths, np.array(logits), launched.numbers[: len(lengths)], counts, made)
         try:
-            self._note_scored(states, ids, counts, launched)
             self._count(len(ids))
             self.stats.promoted += len(chosen) - chosen.count(-1)
             if meanwhile is not None:
-                meanwhile(states)
+                meanwhile(found)
         finally:
             launched.wait()  # whatever happens: no other step may be launched before
         # Not while the device is at work: a copy to it would wait for the step, and so would all that comes after.
         self._steps_since += 1
         if self._steps_since >= _COMPACT_EVERY:
             self._compact()
-        return StepScores(states, launched.numbers[: len(states)], counts)
+        return found
 
-    def _note_scored(
-        self, states: Sequence[TorchState], ids: NDArray[np.int32], counts: Sequence[int], step: StepNumbers
-    ) -> None:
-        """Each new state keeps what it was scored with."""
-        capture = Capture(step.kept[0], step.kept[1])
-        rows, width, has_bins = len(states), step.numbers.shape[1], self.bins is not None
+    def _step_states(
+        self,
+        before: Sequence[Any],
+        held: Sequence[Held],
+        lengths: Sequence[int],
+        chosen: Sequence[int],
+        ids: NDArray[np.int32],
+        counts: Sequence[int],
+        step: StepNumbers,
+    ) -> list[TorchState]:
+        """The new states, each with what it was scored with: views of numbers, which need not be there yet."""
+        capture, has_bins = Capture(step.kept[0], step.kept[1]), self.bins is not None
+        rows, width = len(held), step.numbers.shape[1]
         all_logits, all_bins = list(step.numbers[:rows, :, 0]), list(step.numbers[:rows, :, 1:])
         all_ids, begin, first = ids.tolist(), 0, 0
-        for row, (state, count) in enumerate(zip(states, counts, strict=True)):
-            logits, bins = all_logits[row], all_bins[row] if has_bins else None
+        states = []
+        for row, (was, own, length, at, count) in enumerate(zip(before, held, lengths, chosen, counts, strict=True)):
+            logit, bins = was.logit, was.bin_logprobs
+            if at >= 0:
+                scored = was.scored
+                # A copy: a handle that lives long must not keep all numbers of its step alive.
+                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at].copy()
+            state = TorchState(own, length, logit, bins)
+            logits, row_bins = all_logits[row], all_bins[row] if has_bins else None
             if count < width:
-                logits, bins = logits[:count], None if bins is None else bins[:count]
-            scored = state.scored = Scored(all_ids[begin : begin + count], logits, bins, capture, first)
-            capture.users.append(weakref.ref(scored))
+                logits, row_bins = logits[:count], None if row_bins is None else row_bins[:count]
+            state.scored = Scored(all_ids[begin : begin + count], logits, row_bins, capture, first)
+            capture.users.append(weakref.ref(state.scored))
+            states.append(state)
             begin += count
             first += step.width
         self._keep(capture)
-
-    def _row_scores(self, step: StepScores) -> list[RowScore]:
-        own_logits = np.array([state.logit for state in step.states])
-        answers = []
-        for row, state in enumerate(step.states):
-            assert isinstance(state, TorchState)
-            scored = state.scored
-            assert scored is not None
-            own = None if state.bin_logprobs is None else state.bin_logprobs[None]
-            logits, bins = scored.logits, scored.bin_logprobs
-            answers.append(RowScore(state, own_logits[row : row + 1], own, logits, bins, state.length))
-        return answers
+        return states
 
     def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
         """Whole prompts, wanted at their last tokens alone, by one graph; None for any other call, and where this GPU

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -70,7 +71,7 @@ async def ask(
     Raises what the engine raises, DeadlineExceededError, and ClientDisconnect when the caller goes, whose work is
     dropped then.
     """
-    work = asyncio.ensure_future(engine.submit(jobs, deadline=deadline, priority=priority, reservation=reservation))
+    work = _begun(engine.submit(jobs, deadline=deadline, priority=priority, reservation=reservation))
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) + _DEADLINE_SLACK_S
     try:
         await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -86,6 +87,13 @@ async def ask(
         if not work.done():
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
+
+
+def _begun(work: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
+    """A task that stands in the queue already, and not only after one more turn of the loop (Python 3.12)."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
+    return asyncio.ensure_future(work)
 
 
 def _seen(task: asyncio.Task[Any]) -> None:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _PRIORITY_STEP_S = 0.1  # a lower priority is an arrival that much later: nothing waits for ever
 _IDLE_S = 0.2
+_GIVE_WAY_S = 0.0005
 _MAX_CHECK_PAUSE_S = 5.0
 _LEAST_BATCH = 128  # tokens: a rate that was measured on less says little
 _LEAST_BUDGET = 16  # of the budget: a sixteenth is tried even where memory runs out again and again
@@ -372,6 +373,7 @@ class Batcher:
         Ticket.end_all(
             [entry.ticket for entry, result in zip(batch, results, strict=True) if self._completes(entry, result)]
         )
+        self._give_way()
         self._current, self._in_hand = [], 0
         self._tell()
         if self._observer:
@@ -380,6 +382,12 @@ class Batcher:
             self._observer.batch(rows, tokens, seconds)
         self._finish_some()
         return True
+
+    def _give_way(self) -> None:
+        """The event loop is to hand the answers on, and what this thread has still to do would keep Python from it."""
+        with self._condition:
+            if not self._queue and not self._stopping:
+                self._condition.wait(_GIVE_WAY_S)
 
     def _finish_some(self) -> None:
         self._unfinished = False

@@ -122,6 +122,7 @@ class EngineCore:
         )
         self.counts = BatchCounts()
         self.tracing: Tracing | None = None
+        self._later: list[Callable[[], None]] = []
 
     @property
     def sessions(self) -> SessionStore:
@@ -133,6 +134,7 @@ class EngineCore:
 
         Raises only what is nobody's fault but ours; nothing is half done then.
         """
+        self.settle()
         self.counts = BatchCounts()
         self.prefixes.begin()
         before = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
@@ -145,6 +147,16 @@ class EngineCore:
             b - a for a, b in zip(before, after, strict=True)
         )
         return results
+
+    def later(self, work: Callable[[], None]) -> None:
+        """To be done after the run's answers were handed out, and before the next run."""
+        self._later.append(work)
+
+    def settle(self) -> None:
+        """Do what was left for later."""
+        works, self._later = self._later, []
+        for work in works:
+            work()
 
     def _run_steps(self, jobs: Sequence[Job], steps: dict[int, StepJob]) -> list[Result]:
         """All steps side by side where each is plainly one, and the other jobs; or all of their rows one by one."""

@@ -380,6 +380,7 @@ class Engine:
         return tier
 
     def _share(self) -> bool:
+        self.core.settle()
         if self.tier is not None:
             return leave_shared(self.core, self.tier)
         self.core.prefixes.begin()  # nobody wants what was added

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lenvm.errors import InvalidRequestError, PoolExhaustedError
-from lenvm.guidance import Objective, PreparedWeights, check_objective
+from lenvm.guidance import Objective, PreparedWeights, check_objective, expect_step
 from lenvm.returns import horizon_from_logit, value_from_logit
 from lenvm.scoring import PrefixState, StepScores, packed_ids
 from lenvm_service.engine.jobs import Result, StepJob
@@ -40,7 +41,7 @@ class _Stepping(Protocol):
         appended: Sequence[Sequence[int]],
         ids: NDArray[np.int32],
         counts: Sequence[int],
-        meanwhile: Callable[[Sequence[PrefixState]], None] | None = None,
+        meanwhile: Callable[[StepScores], None] | None = None,
     ) -> StepScores | None: ...
 
 
@@ -131,10 +132,9 @@ class _Step:
             return None
         return self._answers(found)
 
-    def _meanwhile(self, states: Sequence[PrefixState]) -> None:
+    def _meanwhile(self, step: StepScores) -> None:
         """What follows from the jobs and the prefixes alone."""
-        own = np.array([state.logit for state in states])
-        lengths = [state.length for state in states]
+        own, lengths = step.logits, list(step.lengths)
         self.columns: dict[str, list[Any]] = {
             "prefix_tokens": lengths,
             "cached_tokens": lengths,
@@ -167,7 +167,6 @@ class _Step:
         )
         given = [objective for objective in self.objectives if objective is not None]
         self.core.counts.guided.update(Counter((objective.kind, objective.method) for objective in given))
-        collect_young(len(self.sizes))
 
     def _answers(self, found: StepScores) -> list[Result]:
         core, columns = self.core, self.columns
@@ -178,7 +177,7 @@ class _Step:
         columns["session"] = [chain.handle for chain in self.chains]
         columns["objective"] = [None] * len(self.chains)
         core.counts.cached_tokens += sum(columns["cached_tokens"])
-        core.prefixes.keep_step(core.scorer, self.chains, found.states, [session.chain for session in self.sessions])
+        core.later(partial(self._keep, found))
         if len(self.jobs) == 1:
             return [{"columns": columns, "errors": {}}]
         results: list[Result] = []
@@ -188,6 +187,17 @@ class _Step:
             results.append({"columns": {name: its[begin:end] for name, its in columns.items()}, "errors": {}})
             begin = end
         return results
+
+    def _keep(self, found: StepScores) -> None:
+        """What the next step needs and this one's callers do not."""
+        core = self.core
+        core.prefixes.keep_step(core.scorer, self.chains, found.states(), [session.chain for session in self.sessions])
+        ahead = {
+            (id(objective), count): objective for objective, count in zip(self.objectives, self.generated, strict=True)
+        }
+        if len(ahead) == 1 and (objective := self.objectives[0]) is not None:
+            expect_step(objective, self.generated[0] + 1, core.scorer.bins)
+        collect_young(len(self.sizes))
 
     def _weights(self, numbers: NDArray[np.float64]) -> list[Any]:
         """Log-weights of each row's candidates; None where it has no objective."""
