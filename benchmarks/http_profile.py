@@ -34,7 +34,7 @@ from http_path import GENERATOR, Bodies, offered
 
 from lenvm.backbones import load_tokenizer, resolve_backbone
 from lenvm.scoring import RowScore, ScoreRow
-from lenvm_client import CandidateScorer, Client, GuidedDecoder, GuidedRow
+from lenvm_client import CandidateScorer, Client, GuidedDecoder, GuidedRow, WeightedRow
 from lenvm_service.engine import EngineOptions
 from lenvm_service.local import JobScorer
 from tests.support.redis_server import free_port
@@ -112,13 +112,16 @@ class Decoding:
         decoder = GuidedDecoder(scorer, [eos_id], on_error="raise")
         objective = {"kind": "equal_to", "target": 400} if guided else None
         times = []
+        answers: list[WeightedRow | None] = [None] * len(self.prefixes)
         for generated in range(steps):
             rows = [
-                GuidedRow(prefix=prefix, candidates=ids, logprobs=logs, generated=generated, objective=objective)
-                for prefix, ids, logs in zip(self.prefixes, self.candidates, self.logprobs, strict=True)
+                GuidedRow(
+                    prefix=prefix, candidates=ids, logprobs=logs, generated=generated, objective=objective, after=after
+                )
+                for prefix, ids, logs, after in zip(self.prefixes, self.candidates, self.logprobs, answers, strict=True)
             ]
             since = time.perf_counter()
-            decoder.step(rows)
+            answers = [*decoder.step(rows)]
             times.append(1e3 * (time.perf_counter() - since))
             self.prefixes = [[*prefix, ids[0]] for prefix, ids in zip(self.prefixes, self.candidates, strict=True)]
         return times[8:]

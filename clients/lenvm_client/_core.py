@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from array import array
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from struct import Struct
 from typing import Any, Literal, TypeAlias
 
-from lenvm_client._state import Lineage, Live, Recent, Record, Tally, digests, objective_key
+from lenvm_client._state import Lineage, Live, Mark, Recent, Record, Tally, digests, hashed, objective_key
 from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow, log_sum
 from lenvm_client._text import TextAdapter, View
 from lenvm_client._types import CandidateInput, CandidateScores, RowError
@@ -37,6 +39,7 @@ FORCED_STOP_LOGPROB = math.log(1e-3)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 ROW_RETRIES = 2
 _LARGEST_ID = 1 << 31
+_TOKEN = Struct("=q")  # as ``hashed`` has them
 # Re-encoding a text changes its last few tokens, so that the session that is gone on from may lie further behind.
 TEXT_APPEND = 8
 
@@ -94,9 +97,6 @@ class Core:
         self._left: list[tuple[Live, WeightedRow]] = []
         self._entered: list[Live] = []
         self._ended: list[GuidedRow] = []
-        # By place in a step: prefixes, and the sessions that they were given. A row that goes on from the one that
-        # stood there is known at once, and need not be hashed before the call.
-        self._places: dict[int, tuple[Sequence[int], str]] = {}
         self._gave_up = False  # some row did, ever
         self.start()
 
@@ -104,7 +104,6 @@ class Core:
         """A new generation: the report's counters start again; known prefixes stay. ``sampled`` False (greedy, beams):
         tokens follow no distribution, so that the text cost is NaN."""
         self._catch_up()
-        self._places.clear()
         self._sampled = sampled
         self._calls = 0
         self._seconds = 0.0
@@ -182,31 +181,32 @@ class Core:
         return self._known(Live(at, row, tuple(kept), tuple(kept.values())))
 
     def _known(self, x: Live) -> Live:
-        """The row with its parent's session, or hashed."""
-        prefix, place = x.row.prefix, self._places.get(x.at)
+        """The row with its parent's mark, which stands for its session, or hashed."""
+        row = x.row
+        mark, prefix = None if row.after is None else row.after.mark, row.prefix
         if (
-            place is not None
-            and isinstance(prefix, list | tuple)
-            and type(prefix) is type(place[0])
-            and len(prefix) == len(place[0]) + 1
+            mark is not None
+            and len(prefix) == mark.length + 1
+            and prefix[-2] == mark.last
             and type(prefix[-1]) is int
             and 0 <= prefix[-1] < _LARGEST_ID
-            and prefix[:-1] == place[0]
         ):
-            x.session = place[1]
+            x.before = mark
         else:
             self._hash(x)
         return x
 
     def _hash(self, x: Live) -> None:
-        if x.prefix is not None:
+        """Once; with a mark it can wait until the call is under way."""
+        if x.hash is not None:
             return
-        prefix = x.row.prefix
-        x.parent, x.digest = digests(prefix)
+        if x.before is None:
+            (x.parent, x.digest), x.hash = hashed(x.row.prefix)
+        else:
+            x.parent, x.hash = x.before.digest, x.before.hash.copy()
+            x.hash.update(_TOKEN.pack(x.row.prefix[-1]))
+            x.digest = x.hash.digest()
         x.lineage = x.digest, objective_key(x.row.objective)
-        x.prefix = prefix[:]  # the caller's may grow
-        if x.session is not None:
-            x.used = x.parent
 
     def _catch_up(self) -> None:
         """Note down the rows that the last step left, then look up those that have come since."""
@@ -284,8 +284,10 @@ class Core:
         row, objective = x.row, x.row.objective
         if objective is None or x.resent or objective.get("kind") == "scale" or "unit" in objective:
             return None
-        session = x.session
-        if session is None:
+        if x.before is not None:
+            session: str | None = x.before.session
+            x.used = x.before.digest
+        else:
             session = self._sessions.get(x.parent)
             if session is None or x.digest in self._sessions:
                 return None
@@ -358,13 +360,13 @@ class Core:
                     again.append(x)
                 continue
             view, weights = x.view, answer.log_weights
-            if weights is None or len(weights) != len(sent.candidates) or not all(map(math.isfinite, weights)):
+            if weights is None or len(weights) != len(sent.candidates) or not _are_finite(weights):
                 raise BadAnswerError(f"row {x.at} needs {len(sent.candidates)} finite log_weights, one a candidate")
             digest = x.digest if view is None else x.prompt if x.boundary else x.digests[-1]
             if answer.session is not None:
                 self._sessions.put(digest, answer.session)
-                if view is None and x.prefix is not None:
-                    self._places[x.at] = x.prefix, answer.session
+                if view is None:
+                    x.mark = Mark(len(x.row.prefix), x.row.prefix[-1], x.hash, digest, answer.session)
             if sent.objective is not None and sent.objective.get("kind") == "scale":
                 if answer.objective is None:
                     raise BadAnswerError(f"row {x.at}: a scale was not resolved to a tilt")
@@ -409,7 +411,7 @@ class Core:
 
     def _leave(self, x: Live) -> WeightedRow:
         """The row's answer."""
-        weighted = WeightedRow(x.ids, x.logprobs, x.weights or (0.0,) * len(x.ids), x.weights is not None)
+        weighted = WeightedRow(x.ids, x.logprobs, x.weights or (0.0,) * len(x.ids), x.weights is not None, x.mark)
         self._left.append((x, weighted))
         return weighted
 
@@ -435,12 +437,19 @@ class Core:
 def _plain_chances(row: GuidedRow) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
     """Candidates and log-probs with the EOS ids that are none yet, where all are numbers and finite, as nearly always;
     None for all else, which is looked at one by one."""
-    ids, logprobs = tuple(row.candidates), tuple(row.logprobs)
+    try:
+        ids, logprobs = tuple(array("q", row.candidates)), tuple(array("d", row.logprobs))
+    except (TypeError, OverflowError):
+        return None
     for token, logprob in row.eos_logprobs.items():
         if token not in ids:
-            ids, logprobs = (*ids, token), (*logprobs, logprob)
-    fits = set(map(type, ids)) == {int} and set(map(type, logprobs)) == {float} and len(set(ids)) == len(ids)
-    return (ids, logprobs) if fits and math.isfinite(sum(logprobs)) else None
+            ids, logprobs = (*ids, int(token)), (*logprobs, float(logprob))
+    return (ids, logprobs) if len(set(ids)) == len(ids) and math.isfinite(sum(logprobs)) else None
+
+
+def _are_finite(numbers: Sequence[float]) -> bool:
+    """No sum is finite that holds what is not; where finite numbers have none, each is looked at."""
+    return math.isfinite(sum(numbers)) or all(map(math.isfinite, numbers))
 
 
 def _reads_logprobs(objective: Mapping[str, Any] | None) -> bool:

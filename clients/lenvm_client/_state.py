@@ -17,7 +17,7 @@ from lenvm_client.errors import InvalidRequestError
 if TYPE_CHECKING:
     from lenvm_client._text import View
 
-__all__ = ["Lineage", "Live", "Recent", "Record", "Tally", "digests", "objective_key"]
+__all__ = ["Lineage", "Live", "Mark", "Recent", "Record", "Tally", "digests", "hashed", "objective_key"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -56,6 +56,9 @@ class Tally:
     given_up: bool = False  # the service will never take this row again (e.g. its context is full)
 
 
+_NO_TALLY = Tally()
+
+
 @dataclass(frozen=True)
 class Record:
     """What a prefix's children need to know: its tally, what each choice costs, and whether an EOS is a forced stop."""
@@ -65,7 +68,19 @@ class Record:
     forced: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
+class Mark:
+    """What a guided row leaves to the row that goes on from it by one token: its length and last token, its hash and
+    digest, and the session of its prefix."""
+
+    length: int
+    last: int
+    hash: Any
+    digest: bytes
+    session: str
+
+
+@dataclass(eq=False, slots=True)
 class Live:
     """A row that is still going, within one step."""
 
@@ -73,15 +88,16 @@ class Live:
     row: GuidedRow
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    session: str | None = None  # of its parent, where the same place had that the step before
-    prefix: Sequence[int] | None = None  # a copy, once it was hashed; None: ``parent`` to ``lineage`` are not known yet
+    before: Mark | None = None  # of its parent, where the row names that
+    hash: Any = None  # of the prefix; None: ``parent`` to ``lineage`` are not known yet
     parent: bytes = b""
     digest: bytes = b""
     lineage: Lineage = (b"", "")
-    tally: Tally = field(default_factory=Tally)  # known once the step has caught up
+    mark: Mark | None = None  # its own, once it was answered
+    tally: Tally = _NO_TALLY  # known once the step has caught up
     weights: tuple[float, ...] | None = None
     view: View | None = None  # as it is asked about, once it was
-    digests: list[bytes] = field(default_factory=list)  # of the prefix that is asked about, shortest first
+    digests: Sequence[bytes] = ()  # of the prefix that is asked about, shortest first
     prompt: bytes = b""  # digest of the prompt, where a scale is to be resolved or was
     used: bytes | None = None  # the prefix whose session was sent
     boundary: bool = False  # asked for the prompt, only to resolve a scale
@@ -93,6 +109,11 @@ class Live:
 def digests(prefix: Sequence[int], reach: int = 1) -> list[bytes]:
     """Of the prefix without its last ``reach`` tokens (fewer where it is shorter), without one less, and so on to the
     whole: keys that do not keep the tokens themselves."""
+    return hashed(prefix, reach)[0]
+
+
+def hashed(prefix: Sequence[int], reach: int = 1) -> tuple[list[bytes], Any]:
+    """``digests``, and the hash, which may go on."""
     try:
         content = array("q", prefix).tobytes()
     except (TypeError, OverflowError) as error:
@@ -103,7 +124,7 @@ def digests(prefix: Sequence[int], reach: int = 1) -> list[bytes]:
     for start in range(at, len(content), 8):
         digest.update(content[start : start + 8])
         out.append(digest.digest())
-    return out
+    return out, digest
 
 
 def objective_key(objective: Mapping[str, Any] | None) -> str:

@@ -22,7 +22,9 @@ class GuidedRow:
     full vocabulary at the sampler's temperature; -inf leaves one out. ``eos_logprobs`` has the same for EOS and stop
     ids: those that are no candidates yet become some, as they always must be. ``objective`` is in wire form; None:
     unguided. ``finished``: the answer has ended (its EOS may stand at the end of ``prefix``); costs nothing.
-    ``end_ids``: EOS and stop ids of this row alone; None: those of the decoder.
+    ``end_ids``: EOS and stop ids of this row alone; None: those of the decoder. ``after``: what the step before
+    answered for the row that this one goes on from by one token, if the caller knows; then the prefix need not be read
+    again before the service is asked.
     """
 
     prefix: Sequence[int]
@@ -33,6 +35,7 @@ class GuidedRow:
     eos_logprobs: Mapping[int, float] = field(default_factory=dict)
     finished: bool = False
     end_ids: Sequence[int] | None = None
+    after: WeightedRow | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class WeightedRow:
     logprobs: tuple[float, ...]
     log_weights: tuple[float, ...]
     guided: bool = False
+    mark: Any = field(default=None, repr=False, compare=False)  # for ``GuidedRow.after``
 
     def log_q(self) -> list[float]:
         """Natural logs [K] of the guided law ``q ~ p exp(log_weight)``, normalised over the candidates."""

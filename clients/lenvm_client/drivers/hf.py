@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lenvm_client._core import OnError
-from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, uniform
+from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow, uniform
 from lenvm_client._types import CandidateScorer
 from lenvm_client.drivers._logits import top
 from lenvm_client.drivers._resampled import drawn, repeated
@@ -51,10 +51,11 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 
 @dataclass(slots=True)
 class _Known:
-    """A row so far, without padding; ``end``: where it ended, counted with padding."""
+    """A row so far, without padding; ``end``: where it ended, counted with padding; ``after``: its last answer."""
 
     ids: list[int] = field(default_factory=list)
     end: int | None = None
+    after: WeightedRow | None = None
 
 
 class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
@@ -153,7 +154,11 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         for at, known in enumerate(self._known):
             generated = (total if known.end is None else known.end) - self._width
             finished, objective = known.end is not None, self.objectives[at // expansion]
-            rows.append(GuidedRow(prefix=known.ids, generated=generated, objective=objective, finished=finished))
+            rows.append(
+                GuidedRow(
+                    prefix=known.ids, generated=generated, objective=objective, finished=finished, after=known.after
+                )
+            )
         return rows
 
     def _grow(self, known: _Known, ids: list[int], padding: int, stop: int | None) -> None:
@@ -193,6 +198,8 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
         places: list[tuple[int, int, float]] = []
         out = torch.full_like(scores, -torch.inf)
         for at, (row, weighted) in enumerate(zip(rows, self.decoder.step(rows), strict=True)):
+            if self._keeps:
+                self._known[at].after = weighted
             if not weighted.ids:
                 out[at] = scores[at]  # finished: transformers puts padding there
             elif self.seeds is not None:

@@ -152,6 +152,11 @@ class EngineCore:
         """To be done after the run's answers were handed out, and before the next run."""
         self._later.append(work)
 
+    @property
+    def settled(self) -> bool:
+        """Nothing was left for later."""
+        return not self._later
+
     def settle(self) -> None:
         """Do what was left for later."""
         works, self._later = self._later, []

@@ -90,6 +90,7 @@ class Engine:
         self.tier: RedisTier | None = None
         self._predicted: OrderedDict[str, _Predicted] = OrderedDict()
         self._lock = threading.Lock()
+        self._noted = True  # what the last run took stands in the metrics
         self._held = 0  # tokens that a session's prefix is taken for
         self.loaded_at = 0.0
         tokens = options.batch_tokens or (16_384 if options.device.startswith("cuda") else 4_096)
@@ -381,6 +382,7 @@ class Engine:
 
     def _share(self) -> bool:
         self.core.settle()
+        self._note_work()
         if self.tier is not None:
             return leave_shared(self.core, self.tier)
         self.core.prefixes.begin()  # nobody wants what was added
@@ -412,11 +414,16 @@ class Engine:
                 answered.update({(_KINDS[type(job)], name): count for name, count in outcomes.items() if count})
             for (kind, outcome), count in answered.items():
                 self._metrics.rows(kind, outcome, count)
-            self._note_work(core)
+            self._noted = False
+            if core.settled:  # or once the sessions are kept
+                self._note_work()
         return results
 
-    def _note_work(self, core: EngineCore) -> None:
-        if self._metrics is not None:
+    def _note_work(self) -> None:
+        """What the last run took, for the metrics."""
+        core = self.core
+        if self._metrics is not None and not self._noted:
+            self._noted = True
             pool, sessions = core.scorer.pool, core.sessions
             self._metrics.work(
                 core.counts,
