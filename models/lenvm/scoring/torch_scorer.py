@@ -89,6 +89,7 @@ class _Work:
 
 
 def _row_scores(step: StepScores) -> list[RowScore]:
+    """Row by row: views of numbers, which need not be there yet."""
     answers = []
     for row, state in enumerate(step.states()):
         assert isinstance(state, TorchState)
@@ -455,13 +456,15 @@ class TorchScorer:
         if ids is None or any(row.values_from is not None and len(row.append) for row in rows):
             return None
 
+        answers: list[RowScore] = []
+
         def also(step: StepScores) -> None:
-            step.states()
+            answers.extend(_row_scores(step))
             if meanwhile is not None:
                 meanwhile()
 
         found = self.step([row.state for row in rows], [row.append for row in rows], ids, counts, also)
-        return None if found is None else _row_scores(found)
+        return None if found is None else answers
 
     @torch.inference_mode()
     def step(
