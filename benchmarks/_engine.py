@@ -88,8 +88,9 @@ class Ceilings:
         return 1e3 * max((weights * model.dtype.itemsize + stored) / self.bandwidth, flops / self.flops)
 
 
-def timed(step: Callable[[], Any], repeats: int, device: str) -> list[float]:
-    """Milliseconds of each of ``repeats`` calls, after three that are thrown away."""
+def timed(step: Callable[[], Any], repeats: int, device: str, between: Callable[[], Any] = lambda: None) -> list[float]:
+    """Milliseconds of each of ``repeats`` calls, after three that are thrown away. ``between`` is called after each,
+    and not timed."""
 
     def wait() -> None:
         if device.startswith("cuda"):
@@ -102,6 +103,7 @@ def timed(step: Callable[[], Any], repeats: int, device: str) -> list[float]:
         step()
         wait()
         times.append(1e3 * (time.perf_counter() - start))
+        between()
     return times[3:]
 
 

@@ -132,7 +132,7 @@ def scorer_step(model: LengthValueModel, options: argparse.Namespace) -> dict[st
     steps = Steps(scorer, options.sequences, options.candidates, prefix)
     with torch.inference_mode():
         steps.restart()
-        return spread(timed(steps.promoted, max(8, options.tokens // 2), options.device))
+        return spread(timed(steps.promoted, max(8, options.tokens // 2), options.device, steps.settle))
 
 
 def generated(model: Any, prompts: torch.Tensor, tokens: int, repeats: int, **settings: Any) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
     python benchmarks/step.py --models 135m,1.5b --device cuda --dtype bfloat16 --report reports/engine.json
 
-A step is one call of the scorer as the service makes it: promotion, copy-on-write, the forward, numbers on the host;
-garbage collection as the service has it.
+A step is one call of the scorer as the service makes it for a step in columns: promotion, copy-on-write, the forward,
+numbers on the host. What the service does once the answer is on its way, the states that the next step goes on from, is
+done between two steps and not timed; garbage collection is as the service has it.
 ``floor_ratio`` is its time over the least that this device can take (``_engine.Ceilings``). *Two phases*: the chosen
 token goes through the model by itself before the candidates do, with the same kernels and graphs. *Eager*: kernels
 launched one by one. ``by_prefix``: the step over longer prefixes. Medians and quartiles over ``--repeats`` steps.
@@ -13,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _engine import MODELS, Ceilings, load, merge, spread, timed
+from numpy.typing import NDArray
 
 from lenvm.modeling import LengthValueModel
-from lenvm.scoring import RowScore, ScoreRow, TorchScorer
+from lenvm.scoring import RowScore, ScoreRow, StepScores, TorchScorer
 from lenvm_service.garbage import settle_garbage
 
 
@@ -29,41 +32,60 @@ class Steps:
     """Decoding steps of some rows, one after another."""
 
     def __init__(self, scorer: TorchScorer, rows: int, candidates: int, prefix: int) -> None:
-        self.scorer, self.candidates = scorer, candidates
-        self.rng = np.random.default_rng(0)
-        self.prefixes = [self.rng.integers(3, scorer.vocab_size, prefix).tolist() for _ in range(rows)]
-        # Made beforehand: whoever asks has them in hand.
-        self.shortlists = itertools.cycle([self._shortlist() for _ in range(67 * rows)])
-        self.answers: list[RowScore] = []
-
-    def shortlist(self) -> list[int]:
-        """Distinct tokens, other ones for each row and step."""
-        return next(self.shortlists)
-
-    def _shortlist(self) -> list[int]:
-        start = int(self.rng.integers(3, self.scorer.vocab_size - self.candidates))
-        return list(range(start, start + self.candidates))
+        self.scorer = scorer
+        rng = np.random.default_rng(0)
+        self.prefixes = [rng.integers(3, scorer.vocab_size, prefix).tolist() for _ in range(rows)]
+        self.counts = [candidates] * rows
+        # Made beforehand: whoever asks has them in hand. Distinct tokens, other ones for each row and step.
+        starts = rng.integers(3, scorer.vocab_size - candidates, (67, rows, 1)).astype(np.int32)
+        self.shortlists = itertools.cycle(starts + np.arange(candidates, dtype=np.int32))
+        self.states: Sequence[Any] = []
+        self.chosen: list[list[int]] = []
+        self.found: StepScores | None = None
 
     def restart(self) -> None:
         """Every prefix anew, and a first shortlist for each."""
-        self.answers = self.scorer.score([ScoreRow(append=p, candidates=self.shortlist()) for p in self.prefixes])
+        self.states = [score.state for score in self._scored([None] * len(self.counts), self.prefixes)]
+        self.settle()
         self.promoted()
+        self.settle()
 
     def promoted(self) -> None:
         """The chosen token was a candidate: one forward."""
-        rows = [ScoreRow(x.state, [x.state.scored.ids[0]], self.shortlist()) for x in self.answers]  # type: ignore[attr-defined]
-        self.answers = self.scorer.score(rows)
+        self._step(self.chosen)
+
+    def settle(self) -> None:
+        """What no answer waits for, as in the service: the states that the next step goes on from."""
+        if self.found is not None:
+            self.states, self.found = self.found.states(), None
+        self.chosen = [[state.scored.ids[0]] for state in self.states]
 
     def two_phases(self) -> None:
         """The chosen token first, alone, then the candidates."""
-        token = self.shortlist()[0]
-        extended = self.scorer.score([ScoreRow(x.state, (), [token]) for x in self.answers])
-        self.answers = self.scorer.score([ScoreRow(x.state, [token], self.shortlist()) for x in extended])
+        tokens = next(self.shortlists)[:, :1]
+        self._step([()] * len(self.counts), tokens)
+        self.settle()
+        self._step(self.chosen)
 
     def uncached(self) -> None:
         """The whole prefix each time."""
-        for answer in self.scorer.score([ScoreRow(append=p, candidates=self.shortlist()) for p in self.prefixes]):
+        for answer in self._scored([None] * len(self.counts), self.prefixes):
             answer.state.close()
+
+    def _step(self, appended: Sequence[Sequence[int]], ids: NDArray[np.int32] | None = None) -> None:
+        """By the graph where there is one."""
+        ids = next(self.shortlists) if ids is None else ids
+        self.found = self.scorer.step(self.states, appended, ids.reshape(-1), [ids.shape[1]] * len(ids))
+        if self.found is None:
+            self.states = [score.state for score in self._scored(self.states, appended, ids)]
+
+    def _scored(
+        self, states: Sequence[Any], appended: Sequence[Sequence[int]], ids: NDArray[np.int32] | None = None
+    ) -> list[RowScore]:
+        ids = next(self.shortlists) if ids is None else ids
+        return self.scorer.score(
+            [ScoreRow(state, new, its) for state, new, its in zip(states, appended, ids.tolist(), strict=True)]
+        )
 
 
 def measure(model: LengthValueModel, ceilings: Ceilings, options: argparse.Namespace) -> dict[str, Any]:
@@ -75,17 +97,17 @@ def measure(model: LengthValueModel, ceilings: Ceilings, options: argparse.Names
     steps = Steps(scorer, rows, width, options.prefix)
     for _ in range(2):  # the first pass is thrown away: clocks, caches and the allocator come up
         steps.restart()
-        found: dict[str, Any] = spread(timed(steps.promoted, options.repeats, device))
+        found: dict[str, Any] = spread(timed(steps.promoted, options.repeats, device, steps.settle))
     found["floor_ms"] = ceilings.floor_ms(model, rows=rows, tokens=rows * width, prefix=options.prefix)
     found["floor_ratio"] = found["ms"] / found["floor_ms"]
     found["graphs"] = scorer._steps is not None
     steps.restart()
-    found["two_phases"] = spread(timed(steps.two_phases, options.repeats, device))
+    found["two_phases"] = spread(timed(steps.two_phases, options.repeats, device, steps.settle))
     found["two_phase_ratio"] = found["ms"] / found["two_phases"]["ms"]
     graphs, scorer._steps = scorer._steps, None
     if graphs is not None:
         steps.restart()
-        found["eager"] = spread(timed(steps.promoted, options.repeats, device))
+        found["eager"] = spread(timed(steps.promoted, options.repeats, device, steps.settle))
     steps.restart()
     found["uncached"] = spread(timed(steps.uncached, max(3, options.repeats // 8), device))
     scorer._steps = graphs
@@ -93,7 +115,7 @@ def measure(model: LengthValueModel, ceilings: Ceilings, options: argparse.Names
     for prefix in options.prefixes:
         steps = Steps(scorer, rows, width, prefix)
         steps.restart()
-        row: dict[str, Any] = spread(timed(steps.promoted, options.repeats, device))
+        row: dict[str, Any] = spread(timed(steps.promoted, options.repeats, device, steps.settle))
         row["floor_ms"] = ceilings.floor_ms(model, rows=rows, tokens=rows * width, prefix=prefix)
         found["by_prefix"][str(prefix)] = row
     return found

@@ -97,6 +97,7 @@ class Core:
         self._left: list[tuple[Live, WeightedRow]] = []
         self._entered: list[Live] = []
         self._ended: list[GuidedRow] = []
+        self._unkept: list[tuple[bytes, str]] = []  # sessions of the last step, by the digests of their prefixes
         self._gave_up = False  # some row did, ever
         self.start()
 
@@ -210,6 +211,7 @@ class Core:
 
     def _catch_up(self) -> None:
         """Note down the rows that the last step left, then look up those that have come since."""
+        self._keep_sessions()
         left, self._left = self._left, []
         for x, weighted in left:
             self._note(x, weighted)
@@ -220,6 +222,12 @@ class Core:
         ended, self._ended = self._ended, []
         for row in ended:
             self._tally(row, ended=True)  # keeps its record from being forgotten before the report
+
+    def _keep_sessions(self) -> None:
+        """By content, for rows that do not say what they come after."""
+        unkept, self._unkept = self._unkept, []
+        for digest, session in unkept:
+            self._sessions.put(digest, session)
 
     def _tally(self, row: GuidedRow, *, ended: bool, parent: Lineage | None = None) -> Tally:
         """The tally up to and with the last token of ``row.prefix``."""
@@ -288,6 +296,7 @@ class Core:
             session: str | None = x.before.session
             x.used = x.before.digest
         else:
+            self._keep_sessions()
             session = self._sessions.get(x.parent)
             if session is None or x.digest in self._sessions:
                 return None
@@ -308,6 +317,7 @@ class Core:
 
     def _input(self, x: Live) -> CandidateInput:
         self._hash(x)
+        self._keep_sessions()
         view = self._view(x)
         prefix, generated, objective, known = view.prefix, view.generated, view.objective, x.digests
         if objective is not None and objective.get("kind") == "scale" and generated > 0:
@@ -363,10 +373,13 @@ class Core:
             if weights is None or len(weights) != len(sent.candidates) or not _are_finite(weights):
                 raise BadAnswerError(f"row {x.at} needs {len(sent.candidates)} finite log_weights, one a candidate")
             digest = x.digest if view is None else x.prompt if x.boundary else x.digests[-1]
-            if answer.session is not None:
+            if (
+                answer.session is not None and self.text is None and not x.boundary
+            ):  # by its content once nobody waits: see _keep_sessions
+                x.mark = Mark(len(x.row.prefix), x.row.prefix[-1], x.hash, digest, answer.session)
+                self._unkept.append((digest, answer.session))
+            elif answer.session is not None:
                 self._sessions.put(digest, answer.session)
-                if view is None:
-                    x.mark = Mark(len(x.row.prefix), x.row.prefix[-1], x.hash, digest, answer.session)
             if sent.objective is not None and sent.objective.get("kind") == "scale":
                 if answer.objective is None:
                     raise BadAnswerError(f"row {x.at}: a scale was not resolved to a tilt")

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from lenvm_client import (
     UnauthorizedError,
     WeightedRow,
 )
+from lenvm_client._state import hashed as whole
 from lenvm_client._state import objective_key
 from lenvm_client.guided import uniform
 from tests.unit.client_fakes import FakeScorer
@@ -75,17 +77,22 @@ def loop(
     *,
     steps: int = 12,
     seeds: Sequence[int] | None = None,
+    after: bool = False,
 ) -> list[list[int]]:
-    """Sample until EOS or ``steps`` tokens; finished rows stay in the batch. Whole prefixes, EOS included."""
+    """Sample until EOS or ``steps`` tokens; finished rows stay in the batch. Whole prefixes, EOS included. ``after``:
+    each row says which one went before."""
     prefixes = [list(prompt) for prompt in prompts]
+    answers: dict[int, WeightedRow] = {}
     for step in range(steps):
         rows = []
         for prefix, prompt, objective in zip(prefixes, prompts, objectives, strict=True):
             over = len(prefix) > len(prompt) and prefix[-1] == EOS
-            rows.append(row(prefix, len(prefix) - len(prompt) - over, objective, finished=over))
+            before = answers.get(len(rows)) if after else None
+            rows.append(row(prefix, len(prefix) - len(prompt) - over, objective, finished=over, after=before))
         if all(r.finished for r in rows):
             break
         for at, weighted in enumerate(decoder.step(rows)):
+            answers[at] = weighted
             if not rows[at].finished:
                 prefixes[at].append(weighted.draw(uniform((seeds or range(9))[at], step)))
     return prefixes
@@ -825,6 +832,62 @@ def test_the_key_of_an_objective_is_that_of_what_it_says() -> None:
     assert len(keys) == len(others)
     assert objective_key(wanted) not in keys
     assert objective_key({"kind": [1]}) != objective_key({"kind": [2]})  # nothing that can be hashed
+
+
+class TestAfter:
+    """A row that says what it comes after is asked about before its prefix was looked at."""
+
+    def test_same_calls_tokens_and_reports(self) -> None:
+        prompts, objectives = [[5, 6], [7], [8, 8, 8], [4]], [TILT, None, OTHER, SCALE]
+        found = []
+        for after in (False, True):
+            decoder = GuidedDecoder(scorer := FakeScorer(), [EOS], on_error="raise")
+            out = loop(decoder, prompts, objectives, seeds=[0, 1, 4, 2], after=after)
+            found.append((out, str(decoder.report(final(out, prompts, objectives)).rows), str(scorer.calls)))
+        assert found[0] == found[1]
+
+    def test_nothing_is_hashed_before_the_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashed: list[int] = []
+        monkeypatch.setattr("lenvm_client._core.hashed", lambda prefix: hashed.append(len(prefix)) or whole(prefix))
+        decoder = GuidedDecoder(scorer := FakeScorer(), [EOS], on_error="raise")
+        loop(decoder, [[5, 6]], [TILT], steps=4, seeds=[0], after=True)
+        assert len(scorer.calls) > 2
+        assert hashed == [2]  # the prompt
+
+    @pytest.mark.parametrize(
+        "prefix", [[5, 6], [5, 6, 4, 4], [5, 7, 4], [7], (5, 6, 4), [5, 6, 1 << 40]], ids=lambda prefix: str(prefix)
+    )
+    def test_what_does_not_go_on_from_it_is_looked_at(self, prefix: Any) -> None:
+        decoder = GuidedDecoder(scorer := FakeScorer(), [EOS], on_error="raise")
+        (first,) = decoder.step([row([5, 6], 0)])
+        assert first.mark.length == 2
+        before = decoder._flow([row(prefix, 1, after=first)])
+        (asked,) = next(before)  # type: ignore[misc]
+        plain = GuidedDecoder(FakeScorer(), [EOS], on_error="raise")
+        plain.step([row([5, 6], 0)])
+        (wanted,) = next(plain._flow([row(prefix, 1)]))  # type: ignore[misc]
+        assert asked == wanted
+        assert len(scorer.calls) == 1
+        before.close()
+
+    def test_a_session_that_is_gone_is_sent_again_as_a_whole(self) -> None:
+        decoder = GuidedDecoder(scorer := FakeScorer(), [EOS], on_error="raise")
+        (first,) = decoder.step([row([5, 6], 0)])
+        scorer.sessions.clear()
+        (second,) = decoder.step([row([5, 6, 4], 1, after=first)])
+        assert second.guided
+        assert [[item.token_ids, item.append] for item in scorer.calls[-1]] == [[[5, 6, 4], ()]]
+        assert decoder.report([row([5, 6, 4, 4], 2)]).prefix_resends == 1
+
+    def test_it_keeps_no_chain_of_rows_alive(self) -> None:
+        decoder = GuidedDecoder(FakeScorer(), [EOS], on_error="raise")
+        prefix = [5, 6]
+        (weighted,) = decoder.step([row(prefix, 0)])
+        first = weakref.ref(weighted)
+        for step in range(1, 4):
+            prefix.append(4)
+            (weighted,) = decoder.step([row(list(prefix), step, after=weighted)])
+        assert first() is None
 
 
 class Overlapped(FakeScorer):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -71,29 +70,35 @@ async def ask(
     Raises what the engine raises, DeadlineExceededError, and ClientDisconnect when the caller goes, whose work is
     dropped then.
     """
-    work = _begun(engine.submit(jobs, deadline=deadline, priority=priority, reservation=reservation))
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) + _DEADLINE_SLACK_S
+    task = asyncio.current_task()
+    assert task is not None
+    left = over = False
+
+    def leave(_: object) -> None:
+        nonlocal left
+        if not over:  # it may have been on its way when the answer came
+            left = True
+            task.cancel()
+
+    # The work is awaited here and not in a task of its own, which would be some more turns of the loop.
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if work.cancelled():  # by the engine: not to be taken for a cancellation of ours
-            raise InternalError("the engine dropped the request")
-        if work.done():
-            return work.result()
         if gone.done():
             raise ClientDisconnect
-        raise DeadlineExceededError("the deadline passed before the answer was there: give it more time")
+        async with asyncio.timeout(timeout) if timeout is not None else contextlib.nullcontext():
+            return await engine.submit(jobs, deadline=deadline, priority=priority, reservation=reservation)
+    except asyncio.CancelledError:
+        if left and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        if left or task.cancelling():
+            raise
+        raise InternalError("the engine dropped the request") from None  # not a cancellation of ours
+    except TimeoutError:
+        raise DeadlineExceededError("the deadline passed before the answer was there: give it more time") from None
     finally:
-        work.add_done_callback(_seen)
-        if not work.done():
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-
-
-def _begun(work: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
-    """A task that stands in the queue already, and not only after one more turn of the loop (Python 3.12)."""
-    if sys.version_info >= (3, 12):
-        return asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
-    return asyncio.ensure_future(work)
+        over = True
+        gone.remove_done_callback(leave)
 
 
 def _seen(task: asyncio.Task[Any]) -> None:
@@ -127,7 +132,7 @@ async def model_answer(
     name: str,
     flat: bool,
     deadline: float | None,
-    reservation: Reservation,
+    reservation: Reservation | None,
 ) -> dict[str, Any]:
     """Run the jobs among ``rows``: the answer of one model, with an entry for each row under ``name``.
 
@@ -147,7 +152,7 @@ async def step_answer(
     rows: Sequence[Row],
     *,
     deadline: float | None,
-    reservation: Reservation,
+    reservation: Reservation | None,
 ) -> dict[str, Any]:
     """The same for columns: one ``StepJob``, or a job or an error for each of their rows."""
     all_rows, tail = await _answered(request, gone, engine, options, rows, deadline, reservation)
@@ -170,7 +175,7 @@ async def _answered(
     options: RequestOptions,
     rows: Sequence[Row],
     deadline: float | None,
-    reservation: Reservation,
+    reservation: Reservation | None,
 ) -> tuple[list[Result], dict[str, Any]]:
     """All rows' results, and what an answer ends with."""
     context = request.state.context

@@ -22,7 +22,7 @@ from lenvm_service.api.errors import RequestError
 from lenvm_service.api.openapi import documented
 from lenvm_service.api.predictions import header_form, predict_many, predict_one, wants_headers
 from lenvm_service.api.service import Service
-from lenvm_service.engine.jobs import Result, new_tokens
+from lenvm_service.engine.jobs import Result
 from lenvm_service.errors import DrainingError, NotReadyError, PayloadTooLargeError
 
 __all__ = ["router"]
@@ -87,12 +87,9 @@ async def score(request: Request) -> Response:
         call = replace(call, rows=rows.spread(columns) if step is None else [])
     elif service.reads_inline(len(body)):
         steps = rows.step_jobs(call, limits.max_candidates, tenant)
-    tokens = (
-        rows.estimated_tokens(call.rows)
-        if steps is None
-        else sum(new_tokens(job) for job in steps if not isinstance(job, LenVMError))
-    )
-    with engine.reserve(tokens, deadline=deadline) as room:
+    # What need not be tokenised stands in the queue before long.
+    room = None if steps is not None else engine.reserve(rows.estimated_tokens(call.rows), deadline=deadline)
+    with room or contextlib.nullcontext():
         jobs: Sequence[rows.Row] | None = steps
         if jobs is None:
             jobs = await service.tokenized(

@@ -92,7 +92,7 @@ class Batcher:
         self._beat = time.monotonic()
         self._current: list[Entry] = []  # the batch in hand
         self._unfinished = False  # ``finish`` has more to do
-        self._publish: Callable[[Backlog], None] = lambda backlog: None
+        self._publish: Callable[[Backlog], None] | None = None
         self._thread = threading.Thread(target=self._main, name=f"lenvm-{name}", daemon=True)
 
     # -- from outside --------------------------------------------------------------------------------------------------
@@ -254,6 +254,8 @@ class Batcher:
         self._tell()
 
     def _tell(self) -> None:
+        if self._publish is None:
+            return
         with self._condition:  # or an older backlog could be told after a newer one, and stand there
             self._publish(self.backlog)
 

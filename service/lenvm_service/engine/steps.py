@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -53,11 +54,15 @@ def answer_steps(core: EngineCore, jobs: Sequence[StepJob]) -> list[Result] | No
     return step.answers()
 
 
-class _Step:
-    """The rows of some steps, checked.
+class _NotPlainError(Exception):
+    """Some row is not as it should be: found out while the device was at work."""
 
-    ``terminal`` [T]: which candidates, all rows' one after another, end the answer, and so are not scored; ``places``
-    [T]: where each stands in [R, width].
+
+class _Step:
+    """The rows of some steps, with what must be known before the launch.
+
+    ``terminal`` [T]: which candidates, all rows' one after another, end the answer, and so are not scored; ``ids`` [S]:
+    the others, ``counts[r]`` of row r.
     """
 
     def __init__(
@@ -65,21 +70,14 @@ class _Step:
         core: EngineCore,
         jobs: Sequence[StepJob],
         sessions: Sequence[Session],
-        flat: NDArray[np.int32],
-        sizes: Sequence[int],
         terminal: NDArray[np.bool_],
+        ids: NDArray[np.int32],
+        counts: Sequence[int],
     ) -> None:
-        self.core, self.jobs, self.sessions, self.sizes = core, jobs, sessions, sizes
+        self.core, self.jobs, self.sessions = core, jobs, sessions
+        self.terminal, self.ids, self.counts = terminal, ids, counts
+        self.candidates = [ids for job in jobs for ids in job.candidates]
         self.appended = [new for job in jobs for new in job.appended]
-        self.generated = [count for job in jobs for count in job.generated]
-        self.objectives = [objective for job in jobs for objective in job.objectives]
-        self.shape = len(sizes), max(sizes)
-        each = np.array(sizes)
-        self.of_row = np.repeat(np.arange(len(sizes)), each)
-        self.places = np.arange(len(flat)) + np.repeat(
-            self.shape[1] * np.arange(len(sizes)) - each.cumsum() + each, each
-        )
-        self.terminal, self.flat = terminal, flat
 
     @classmethod
     def of(cls, core: EngineCore, jobs: Sequence[StepJob]) -> _Step | None:
@@ -93,31 +91,17 @@ class _Step:
             sessions += its
         candidates = [ids for job in jobs for ids in job.candidates]
         sizes = list(map(len, candidates))
-        if not min(sizes) or any(len(set(ids)) != size for ids, size in zip(candidates, sizes, strict=True)):
-            return None
-        flat = packed_ids(candidates, sum(sizes))
+        flat = packed_ids(candidates, sum(sizes)) if all(sizes) else None
         if flat is None or flat.view(np.uint32).max() >= core.scorer.vocab_size:  # negative ids are the largest then
             return None
-        if not all(_suits(core, job) for job in jobs):
+        terminal = _ends(core, jobs, flat)
+        starts = np.array([0, *accumulate(sizes[:-1])])
+        counts: list[int] = np.add.reduceat(~terminal, starts, dtype=np.intp).tolist()
+        needed = _BLOCKS * len(sizes)
+        if not min(counts) or needed >= core.scorer.pool.max_blocks:
             return None
-        step = cls(core, jobs, sessions, flat, sizes, _ends(core, jobs, flat))
-        return step if step._fits() else None
-
-    def _fits(self) -> bool:
-        """Whether every row has something to be scored, no more content tokens than tokens, and the pool has room."""
-        core = self.core
-        self.ids = self.flat[~self.terminal]
-        self.counts: list[int] = np.bincount(self.of_row[~self.terminal], minlength=len(self.sizes)).tolist()
-        if not min(self.counts):
-            return False
-        for session, new, generated in zip(self.sessions, self.appended, self.generated, strict=True):
-            if not 0 <= generated <= session.state.length + len(new):
-                return False
-        needed = _BLOCKS * len(self.sizes)
-        if needed >= core.scorer.pool.max_blocks:
-            return False
         core.prefixes.make_room(core.scorer, needed)
-        return True
+        return cls(core, jobs, sessions, terminal, flat[~terminal], counts)
 
     def answers(self) -> list[Result] | None:
         """See ``answer_steps``."""
@@ -126,14 +110,31 @@ class _Step:
         try:
             with traced(core.tracing, "forward", rows=len(states)):
                 found = cast(_Stepping, core.scorer).step(states, self.appended, self.ids, self.counts, self._meanwhile)
-        except PoolExhaustedError:
+        except (PoolExhaustedError, _NotPlainError):
             return None
-        if found is None:
-            return None
-        return self._answers(found)
+        return None if found is None else self._answers(found)
+
+    def _check(self, lengths: Sequence[int]) -> None:
+        """Raise _NotPlainError for candidates that come twice, more content tokens than tokens, or an objective that
+        cannot be answered as it stands."""
+        twice = any(len(set(ids)) != len(ids) for ids in self.candidates)
+        if (
+            twice
+            or any(not 0 <= count <= length for count, length in zip(self.generated, lengths, strict=True))
+            or not all(_suits(self.core, job) for job in self.jobs)
+        ):
+            raise _NotPlainError
 
     def _meanwhile(self, step: StepScores) -> None:
         """What follows from the jobs and the prefixes alone."""
+        self.generated = [count for job in self.jobs for count in job.generated]
+        self.objectives = [objective for job in self.jobs for objective in job.objectives]
+        self._check(step.lengths)
+        self.sizes = list(map(len, self.candidates))
+        self.shape = rows, width = len(self.sizes), max(self.sizes)
+        each = np.array(self.sizes)
+        # [T]: where each candidate stands in [R, width].
+        self.places = np.arange(each.sum()) + np.repeat(width * np.arange(rows) - each.cumsum() + each, each)
         own, lengths = step.logits, list(step.lengths)
         self.columns: dict[str, list[Any]] = {
             "prefix_tokens": lengths,
@@ -151,12 +152,10 @@ class _Step:
         is_eos.reshape(-1)[self.places[self.terminal]] = True
         begin = 0
         for job in self.jobs:
-            rows = len(job.sessions)
+            end = begin + sum(map(len, job.candidates))
             if job.logprobs is not None:
-                logs = [log for its in job.logprobs for log in its]
-                first = int(np.searchsorted(self.of_row, begin))
-                logprobs.reshape(-1)[self.places[first : first + len(logs)]] = logs
-            begin += rows
+                logprobs.reshape(-1)[self.places[begin:end]] = [log for its in job.logprobs for log in its]
+            begin = end
         self.weights = PreparedWeights(
             self.objectives,
             is_eos,
