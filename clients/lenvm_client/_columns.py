@@ -13,7 +13,7 @@ from typing import Any
 
 from lenvm_client._decode import decode
 from lenvm_client._types import CandidateInput, CandidateScores, RowError
-from lenvm_client._wire import Call, candidate_scores, dump
+from lenvm_client._wire import Call, candidate_scores, dump, dump_integers
 from lenvm_client.errors import BadAnswerError, InvalidRequestError
 
 __all__ = ["StepCall", "step_call"]
@@ -73,19 +73,22 @@ def step_call(rows: Sequence[CandidateInput], options: Mapping[str, Any]) -> Ste
         "candidates": [row.candidates for row in rows],
         "generated": [row.generated for row in rows],
     }
-    if logprobs[0] is not None:
-        columns["logprobs"] = logprobs
-    if any(row.objective is not objective for row in rows):
-        columns["objective"] = [row.objective for row in rows]
-    elif objective is not None:
-        columns["objective"] = objective
     if len(eos_ids):
         columns["eos_ids"] = eos_ids
+    if any(row.objective is not objective for row in rows):
+        numbers: dict[str, Any] = {"objective": [row.objective for row in rows]}
+    else:
+        numbers = {} if objective is None else {"objective": objective}
+    if logprobs[0] is not None:
+        numbers["logprobs"] = logprobs
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        content = dump({"columns": columns, **given})
+        # What may hold floats is written by the strict encoder.
+        parts = dump_integers(columns)[1:-1], dump(numbers)[1:-1], dump(given)[1:-1]
     except InvalidRequestError:  # told of the row that it is in
         return None
+    inner = b",".join(part for part in parts[:2] if part)
+    content = b'{"columns":{%s}%s}' % (inner, b"," + parts[2] if parts[2] else b"")
     return StepCall("POST", "/score", list, content, inputs=rows)
 
 

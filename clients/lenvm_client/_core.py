@@ -424,7 +424,12 @@ class Core:
 
     def _leave(self, x: Live) -> WeightedRow:
         """The row's answer."""
-        weighted = WeightedRow(x.ids, x.logprobs, x.weights or (0.0,) * len(x.ids), x.weights is not None, x.mark)
+        guided = x.weights is not None
+        # What the __init__ of a frozen dataclass does, at once and not field by field.
+        weighted = object.__new__(WeightedRow)
+        weighted.__dict__.update(
+            ids=x.ids, logprobs=x.logprobs, log_weights=x.weights or (0.0,) * len(x.ids), guided=guided, mark=x.mark
+        )
         self._left.append((x, weighted))
         return weighted
 

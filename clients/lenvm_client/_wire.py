@@ -5,6 +5,7 @@ Both clients run the same generator, ``exchange``: it asks for sends and waits, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import email.utils
 import functools
@@ -47,6 +48,7 @@ __all__ = [
     "candidate_inputs",
     "candidate_scores",
     "dump",
+    "dump_integers",
     "error_of",
     "exchange",
     "input_rows",
@@ -273,6 +275,24 @@ def _foreign(value: Any) -> Any:
 
 
 _encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_foreign)
+
+
+@functools.cache
+def _fast_writer() -> Callable[[Any], bytes] | None:
+    """pydantic's, several times as fast on lists of numbers, where it is installed anyway."""
+    try:
+        from pydantic_core import to_json
+    except ImportError:
+        return None
+    return to_json
+
+
+def dump_integers(body: Mapping[str, Any]) -> bytes:
+    """``dump`` for what holds texts and integers, and lists of these."""
+    if (write := _fast_writer()) is not None:
+        with contextlib.suppress(ValueError, TypeError):  # told by the one that everyone has
+            return write(body)
+    return dump(body)
 
 
 def dump(body: Any) -> bytes:

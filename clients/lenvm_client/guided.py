@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from lenvm_client._core import Core, OnError, RowFailure
@@ -91,21 +91,30 @@ class GuidedDecoder(Core):
             max_append=max_append,
         )
 
-    def _scored(self, rows: Sequence[CandidateInput]) -> list[CandidateScores | RowError]:
+    def _scored(
+        self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
+    ) -> list[CandidateScores | RowError]:
         """The scorer's answers; where that is plainly a ``Client``, the step catches up during the call."""
         found: list[CandidateScores | RowError]
         overlapped = getattr(type(self.scorer), "_score_overlapped", None)
         if overlapped is None or "score_candidates" in getattr(self.scorer, "__dict__", ()):
             found = self.scorer.score_candidates(rows)
         else:
-            found = overlapped(self.scorer, rows, self._catch_up)
+            found = overlapped(self.scorer, rows, meanwhile)
         return found
 
-    def step(self, rows: Sequence[GuidedRow]) -> list[WeightedRow]:
-        """The rows' candidates with their log-weights, aligned with ``rows``; empty for finished rows.
+    def step(self, rows: Sequence[GuidedRow], meanwhile: Callable[[], None] | None = None) -> list[WeightedRow]:
+        """The rows' candidates with their log-weights, aligned with ``rows``; empty for finished rows. ``meanwhile`` is
+        called once before that: where a ``Client`` is asked, while it waits, so that what it does costs no time.
 
         Raises LenVMClientError (see ``on_error``), InvalidRequestError for rows that make no sense."""
-        flow = self._flow(rows)
+        flow, todo = self._flow(rows), [meanwhile] if meanwhile else []
+
+        def waiting() -> None:
+            self._catch_up()
+            while todo:
+                todo.pop()()
+
         try:
             wanted = next(flow)
             while True:
@@ -114,13 +123,15 @@ class GuidedDecoder(Core):
                     wanted = flow.send(None)
                     continue
                 try:
-                    answers = self._scored(wanted)
+                    answers = self._scored(wanted, waiting)
                 except LenVMClientError as error:
                     wanted = flow.throw(error)
                 else:
                     wanted = flow.send(answers)
         except StopIteration as stop:
             weighted: list[WeightedRow] = stop.value
+            while todo:
+                todo.pop()()
             return weighted
         except RowFailure as failure:
             raise failure.error from None

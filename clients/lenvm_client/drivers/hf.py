@@ -196,14 +196,21 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
             for row, (ids, logs, end_logs) in zip(self.rows(input_ids), tops, strict=True)
         ]
         places: list[tuple[int, int, float]] = []
-        out = torch.full_like(scores, -torch.inf)
-        for at, (row, weighted) in enumerate(zip(rows, self.decoder.step(rows), strict=True)):
+        out, draws = scores, list[float]()
+
+        def meanwhile() -> None:
+            nonlocal out
+            out = torch.full_like(scores, -torch.inf)
+            if self.seeds is not None:
+                draws.extend(uniform(seed, row.generated) for seed, row in zip(self.seeds, rows, strict=True))
+
+        for at, weighted in enumerate(self.decoder.step(rows, meanwhile)):
             if self._keeps:
                 self._known[at].after = weighted
             if not weighted.ids:
                 out[at] = scores[at]  # finished: transformers puts padding there
             elif self.seeds is not None:
-                places.append((at, weighted.draw(uniform(self.seeds[at], row.generated)), 0.0))
+                places.append((at, weighted.draw(draws[at]), 0.0))
             else:
                 log_q = zip(weighted.ids, weighted.log_q(), strict=True)
                 places += [(at, token, self.temperature * value) for token, value in log_q]

@@ -406,12 +406,11 @@ class Engine:
         if self._metrics is not None:
             answered = Counter[tuple[str, str]]()
             for job, result in zip(jobs, results, strict=True):
-                errors = (
-                    list(result["errors"].values()) if isinstance(job, StepJob) and isinstance(result, dict) else []
-                )
-                outcomes = Counter("ok" if isinstance(each, dict) else each.code for each in (result, *errors))
-                outcomes["ok"] += rows_of(job) - 1 - len(errors)
-                answered.update({(_KINDS[type(job)], name): count for name, count in outcomes.items() if count})
+                kind = _KINDS[type(job)]
+                errors = result["errors"].values() if isinstance(job, StepJob) and isinstance(result, dict) else ()
+                answered[kind, "ok" if isinstance(result, dict) else result.code] += rows_of(job) - len(errors)
+                for error in errors:
+                    answered[kind, error.code] += 1
             for (kind, outcome), count in answered.items():
                 self._metrics.rows(kind, outcome, count)
             self._noted = False

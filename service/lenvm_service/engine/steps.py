@@ -202,7 +202,8 @@ class _Step:
         """Log-weights of each row's candidates; None where it has no objective."""
         scored = self.places[~self.terminal]
         if self.core.scorer.bins is not None and self.weights.reads_bins_alone:
-            weights = self.weights.of_scored(scored, numbers[:, 1:])
+            # The head computes in float32: more would be no more exact.
+            weights = self.weights.of_scored(scored, numbers[:, 1:].astype(np.float32))
         else:
             flat = np.full((self.shape[0] * self.shape[1], numbers.shape[1]), np.nan)
             flat[scored] = numbers
