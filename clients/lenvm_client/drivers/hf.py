@@ -196,11 +196,10 @@ class LenVMLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # transforme
             for row, (ids, logs, end_logs) in zip(self.rows(input_ids), tops, strict=True)
         ]
         places: list[tuple[int, int, float]] = []
-        out, draws = scores, list[float]()
+        # Before the call: the service may work on the same GPU, which two processes share by turns.
+        out, draws = torch.full_like(scores, -torch.inf), list[float]()
 
         def meanwhile() -> None:
-            nonlocal out
-            out = torch.full_like(scores, -torch.inf)
             if self.seeds is not None:
                 draws.extend(uniform(seed, row.generated) for seed, row in zip(self.seeds, rows, strict=True))
 
