@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from lenvm.backbones import load_eos_ids, load_tokenizer, resolve_backbone  # noqa: E402
 from lenvm.config import LenVMConfig, find_checkpoint  # noqa: E402
-from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats  # noqa: E402
+from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats, StepScores  # noqa: E402
 from lenvm_service.engine.engine import Engine  # noqa: E402
 from lenvm_service.engine.jobs import Job, Reply  # noqa: E402
 from lenvm_service.engine.loading import EngineOptions, Loaded, _core  # noqa: E402
@@ -61,6 +61,27 @@ class InstantScorer:
             bins = np.broadcast_to(self._bins, (count, len(self._bins)))
             state = _State(length, self._bins)
             found.append(RowScore(state, np.zeros(1), self._bins[None], np.zeros(count), bins, 0))
+        return found
+
+    has_graphs = True  # as on a GPU: steps come as columns
+
+    def step(
+        self,
+        before: Sequence[Any],
+        appended: Sequence[Sequence[int]],
+        ids: Any,
+        counts: Sequence[int],
+        meanwhile: Callable[[StepScores], None] | None = None,
+    ) -> StepScores:
+        """Zeros, all rows side by side."""
+        lengths = [state.length + len(new) for state, new in zip(before, appended, strict=True)]
+        numbers = np.zeros((len(counts), max(counts), 1 + len(self._bins)))
+        numbers[..., 1:] = self._bins
+        found = StepScores(
+            lengths, np.zeros(len(counts)), numbers, counts, lambda: [_State(length, self._bins) for length in lengths]
+        )
+        if meanwhile is not None:
+            meanwhile(found)
         return found
 
     def token_values(self, prompt: Sequence[int], completion: Sequence[int]) -> RowScore:
