@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from lenvm.errors import ArtifactError, InvalidRequestError
 from lenvm.guidance import Objective
 from lenvm_service.engine import CandidateJob, Engine, EngineOptions, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.engine.jobs import StepJob
 from lenvm_service.errors import InternalError, PrefixUnknownError
 from lenvm_service.metrics import Metrics
+from tests.support.cpu_steps import compute_on_cpu, with_graphs
 
 EOS = 2
 
@@ -223,3 +226,67 @@ def test_wrong_feedback(engine: Engine) -> None:
         engine.feedback(known, None, 1, "stop")
     with pytest.raises(InvalidRequestError, match="token_ids"):
         engine.feedback(None, [500], 3, "stop")
+
+
+class TestSteps:
+    """A step as one job, where the engine has graphs and holds all of its sessions."""
+
+    @pytest.fixture
+    def steps(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+        compute_on_cpu(monkeypatch)
+        with_graphs(engine.core.scorer)  # type: ignore[arg-type]
+        return engine
+
+    @staticmethod
+    async def begun(engine: Engine) -> StepJob:
+        objective = Objective(kind="equal_to", target=9)
+        jobs = [CandidateJob(Prefix([5, 6 + at]), [7, 8, EOS], objective=objective) for at in range(3)]
+        found = [row for row in (await engine.submit(jobs)).results if isinstance(row, dict)]
+        candidates = [[9, 10, EOS], [11, 12], [13, EOS]]
+        return StepJob([row["session"] for row in found], [[7]] * 3, candidates, [1] * 3, [objective] * 3)
+
+    def test_one_job_one_answer_and_its_rows_are_counted(self, steps: Engine, metrics: Metrics) -> None:
+        async def ask() -> Any:
+            job = await self.begun(steps)
+            (first,) = (await steps.submit([job])).results
+            (rows,) = (await steps.submit([replace(job, sessions=["s-nobody", *job.sessions[1:]])])).results
+            return first, rows
+
+        first, rows = asyncio.run(ask())
+        assert first["errors"] == {}
+        assert [len(weights) for weights in first["columns"]["log_weights"]] == [3, 2, 2]
+        assert [error.code for error in rows["errors"].values()] == ["prefix_unknown"]
+        until(lambda: sample(metrics, "lenvm_rows_total", kind="candidates", outcome="ok") == 3 + 3 + 2)
+        assert sample(metrics, "lenvm_rows_total", kind="candidates", outcome="prefix_unknown") == 1
+        until(lambda: sample(metrics, "lenvm_batch_rows_sum") == 3 + 3 + 3)
+        until(lambda: sample(metrics, "lenvm_sessions") == len(steps.core.sessions) == 6)
+
+    def test_a_step_that_fails_as_a_whole_is_asked_again_row_by_row(
+        self, steps: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run, seen = steps.core.run, list[int]()
+
+        def guilty(jobs: Any) -> Any:
+            seen.append(len(jobs))
+            if any(isinstance(job, StepJob) or 11 in getattr(job, "candidates", ()) for job in jobs):
+                raise RuntimeError("the device fell over")
+            return run(jobs)
+
+        async def ask() -> Any:
+            job = await self.begun(steps)
+            monkeypatch.setattr(steps.core, "run", guilty)
+            return (await steps.submit([job])).results
+
+        (result,) = asyncio.run(ask())
+        assert {at: type(error) for at, error in result["errors"].items()} == {1: InternalError}
+        assert [value is None for value in result["columns"]["value"]] == [False, True, False]
+        assert seen[0] == 1
+        until(lambda: steps.ready)
+
+    def test_where_there_are_no_graphs_its_rows_are_asked(self, engine: Engine) -> None:
+        async def ask() -> Any:
+            return (await engine.submit([await self.begun(engine)])).results
+
+        (result,) = asyncio.run(ask())
+        assert result["errors"] == {}
+        assert None not in result["columns"]["session"]
