@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +16,8 @@ from lenvm_client import CandidateInput, CandidateScores, GuidedDecoder, GuidedR
 from lenvm_client._wire import make_call
 from lenvm_service.api import rows
 from lenvm_service.api.errors import RequestError
-from lenvm_service.engine.jobs import CandidateJob
+from lenvm_service.engine.jobs import CandidateJob, StepJob
+from lenvm_service.errors import PayloadTooLargeError
 
 ODD = st.one_of(
     st.none(),
@@ -140,3 +142,82 @@ def test_a_number_that_no_float_holds_is_the_schema_s_error() -> None:
     (found,) = rows.score_jobs(rows.read_score(body.encode(), 8), None, 3)
     assert isinstance(found, RequestError)
     assert found.param == "logprobs[1]"
+
+
+@given(st.lists(ROWS, min_size=1, max_size=3), st.booleans(), st.one_of(IDS, ODD))
+def test_columns_are_read_as_their_rows_would_be(listed: list[dict[str, Any]], alike: bool, ends: Any) -> None:
+    names = [name for name in ("append", "generated", "logprobs") if all(name in row for row in listed)]
+    columns = {name: [row[name] for row in listed] for name in ("session", "candidates", *names)}
+    objectives = [row.get("objective") for row in listed]
+    columns["objective"] = objectives[0] if alike and not isinstance(objectives[0], list) else objectives
+    call = rows.read_score(json.dumps({"columns": {**columns, "eos_ids": ends}}).encode(), 8)
+    assert call.columns is not None
+    job = rows.step_job(call.columns, 3, "tenant")
+    spread = rows.spread(call.columns)
+    with patch.object(rows, "_plain_candidate_job", lambda *_: None):
+        wanted = rows.score_jobs(replace(call, rows=spread), None, 3, "tenant")
+    assert len(wanted) == len(listed)
+    if job is None:
+        return
+    for one, other in zip(job.rows(), wanted, strict=True):
+        assert isinstance(other, CandidateJob)
+        assert (list(one.prefix.token_ids), list(one.candidates)) == ([*other.prefix.token_ids], [*other.candidates])
+        assert (one.prefix.session, one.prefix.tenant) == (other.prefix.session, "tenant")
+        assert (one.generated, one.objective, one.logprobs) == (other.generated, other.objective, other.logprobs)
+        assert (list(one.eos_ids), one.return_values, other.return_values) == ([*other.eos_ids], False, False)
+
+
+COLUMNS = {"session": ["s-1", "s-2"], "append": [[7], []], "candidates": [[3, 4], [5]], "generated": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"objective": {"kind": "equal_to", "target": 9}},
+        {"objective": [{"kind": "equal_to", "target": 9}, None]},
+        {"logprobs": [[-1.0, -2.0], [-0.5]], "eos_ids": [2]},
+        {"append": None, "generated": None, "logprobs": None, "objective": None, "eos_ids": None},
+    ],
+)
+def test_plain_columns_are_one_job(more: dict[str, Any]) -> None:
+    call = rows.read_score(json.dumps({"columns": {**COLUMNS, **more}}).encode(), 8)
+    assert call.columns is not None
+    with patch.object(rows, "check", side_effect=AssertionError("the schema was asked")):
+        job = rows.step_job(call.columns, 3)
+    assert isinstance(job, StepJob)
+    assert len(job.rows()) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason", "param"),
+    [
+        ([], "dict_type", "columns"),
+        ("x", "dict_type", "columns"),
+        ({**COLUMNS, "prompt": ["a", "b"]}, "extra_forbidden", "columns"),
+        ({"candidates": [[1]]}, "list_type", "columns.session"),
+        ({**COLUMNS, "session": []}, "list_type", "columns.session"),
+        ({**COLUMNS, "session": "s-1"}, "list_type", "columns.session"),
+        ({"session": ["s-1"]}, "column_length", "columns.candidates"),
+        ({**COLUMNS, "candidates": [[1]]}, "column_length", "columns.candidates"),
+        ({**COLUMNS, "append": [1, 2, 3]}, "column_length", "columns.append"),
+        ({**COLUMNS, "generated": 4}, "column_length", "columns.generated"),
+        ({**COLUMNS, "logprobs": {}}, "column_length", "columns.logprobs"),
+        ({**COLUMNS, "objective": []}, "column_length", "columns.objective"),
+    ],
+)
+def test_what_is_no_columns_is_refused_as_a_whole(columns: Any, reason: str, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        rows.read_score(json.dumps({"columns": columns}).encode(), 8)
+    assert (caught.value.reason, caught.value.param) == (reason, param)
+
+
+def test_columns_and_rows_do_not_go_together_and_are_limited_alike() -> None:
+    for beside in ({"inputs": [{}]}, {"prompt": "a"}, {"candidates": [1]}):
+        with pytest.raises(RequestError, match="beside columns"):
+            rows.read_score(json.dumps({"columns": COLUMNS, **beside}).encode(), 8)
+    assert rows.read_score(json.dumps({"columns": COLUMNS, "inputs": None}).encode(), 8).columns is not None
+    with pytest.raises(PayloadTooLargeError):
+        rows.read_score(json.dumps({"columns": COLUMNS}).encode(), 1)
+    with pytest.raises(RequestError):
+        rows.read_score(json.dumps({"columns": COLUMNS, "priority": "x"}).encode(), 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gzip
 import socket
 import threading
 import time
@@ -96,21 +97,29 @@ def test_a_request_leaves_in_one_write_and_its_connection_is_used_again(server: 
     assert body == b"body"
 
 
-@pytest.mark.parametrize(
-    ("pieces", "status", "body", "kept"),
-    [
-        ([b"HTTP/1.1 200 OK\r\ncontent-le", 0.02, b"ngth: 2\r\n\r\n", 0.02, b"h", 0.02, b"i"], 200, b"hi", True),
-        ([b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n1\r\n!\r\n0\r\n\r\n"], 200, b"hi!", True),
-        ([b"HTTP/1.1 100 Continue\r\nx-b: 1\r\n\r\n" + OK], 200, b"hi", True),
-        ([b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02, OK], 200, b"hi", True),
-        ([b"HTTP/1.1 429 Too Many\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno"], 429, b"no", False),
-        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi, and more"], 200, b"hi", False),
-        ([OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"], 200, b"hi", False),
-        ([OK + b"no HTTP"], 200, b"hi", False),
-        ([b"HTTP/1.0 200 OK\r\n\r\nto the end", None], 200, b"to the end", False),
-        ([b"HTTP/1.1 204 No Content\r\n\r\n"], 204, b"", True),
-    ],
-)
+FORMS: list[Any] = [
+    ([b"HTTP/1.1 200 OK\r\ncontent-le", 0.02, b"ngth: 2\r\n\r\n", 0.02, b"h", 0.02, b"i"], 200, b"hi", True),
+    ([b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n1\r\n!\r\n0\r\n\r\n"], 200, b"hi!", True),
+    ([b"HTTP/1.1 100 Continue\r\nx-b: 1\r\n\r\n" + OK], 200, b"hi", True),
+    ([b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02, OK], 200, b"hi", True),
+    ([b"HTTP/1.1 429 Too Many\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno"], 429, b"no", False),
+    ([b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi, and more"], 200, b"hi", False),
+    ([OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"], 200, b"hi", False),
+    ([OK + b"no HTTP"], 200, b"hi", False),
+    ([b"HTTP/1.0 200 OK\r\n\r\nto the end", None], 200, b"to the end", False),
+    ([b"HTTP/1.1 204 No Content\r\n\r\n"], 204, b"", True),
+]
+BROKEN: list[list[Any]] = [
+    [None],
+    [b"HTTP/1.1 200 OK\r\ncontent-len", None],
+    [b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nhi", None],
+    [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n", None],
+    [b"SSH-2.0-OpenSSH\r\n"],
+    [b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n??"],
+]
+
+
+@pytest.mark.parametrize(("pieces", "status", "body", "kept"), FORMS)
 def test_answers_of_every_form(
     server: Server, client: httpx2.Client, pieces: list[Any], status: int, body: bytes, kept: bool
 ) -> None:
@@ -121,17 +130,7 @@ def test_answers_of_every_form(
     assert idle(client) == kept
 
 
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        [None],
-        [b"HTTP/1.1 200 OK\r\ncontent-len", None],
-        [b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nhi", None],
-        [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n", None],
-        [b"SSH-2.0-OpenSSH\r\n"],
-        [b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n??"],
-    ],
-)
+@pytest.mark.parametrize("pieces", BROKEN)
 def test_what_is_no_whole_answer_is_an_error(server: Server, client: httpx2.Client, pieces: list[Any]) -> None:
     server.script = [pieces, [OK]]
     with pytest.raises(httpx2.RemoteProtocolError):
@@ -311,4 +310,105 @@ def test_errors_are_the_client_s(server: Server) -> None:
         with pytest.raises(ServiceUnreachableError, match="hung up"):
             client.info()
         with pytest.raises(ServiceTimeoutError):
+            client.info()
+
+
+def told(server: Server, transport: Direct, *, read: float = 5.0, late: bool = False) -> Any:
+    """An exchange past the library."""
+    url = httpx2.URL(server.url)
+    limits = {"connect": 5.0, "read": read, "write": 5.0, "pool": 0.5}
+    origin = url.raw_host.decode(), url.port or 80
+    data = b"POST /path HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+    return transport.exchange(origin, data, limits, None, lambda: late)
+
+
+class TestExchange:
+    """What goes past the library is read as what goes through it."""
+
+    @pytest.fixture
+    def transport(self) -> Iterator[Direct]:
+        made = Direct(httptools)
+        yield made
+        made.close()
+
+    @pytest.mark.parametrize(("pieces", "status", "body", "kept"), FORMS)
+    def test_answers_of_every_form(
+        self, server: Server, transport: Direct, pieces: list[Any], status: int, body: bytes, kept: bool
+    ) -> None:
+        server.script = [pieces]
+        found = told(server, transport)
+        assert (found[0], found[2]) == (status, body)
+        assert b"x-b" not in dict(found[1])
+        assert (len(transport._idle) == 1) == kept
+
+    @pytest.mark.parametrize("pieces", BROKEN)
+    def test_what_is_no_whole_answer_is_an_error(self, server: Server, transport: Direct, pieces: list[Any]) -> None:
+        server.script = [pieces, [OK]]
+        with pytest.raises(httpx2.RemoteProtocolError):
+            told(server, transport)
+        assert not transport._idle
+        assert told(server, transport)[2] == b"hi"
+
+    def test_header_fields_have_an_end(self, server: Server, transport: Direct) -> None:
+        server.script = [[b"HTTP/1.1 200 OK\r\n" + b"x-y: z\r\n" * 40_000 + b"\r\n"]]
+        with pytest.raises(httpx2.RemoteProtocolError, match="too large"):
+            told(server, transport)
+
+    def test_time_runs_out(self, server: Server, transport: Direct) -> None:
+        server.script = [[b"HTTP/1.1 200 OK\r\n", 0.3, b"\r\n"], [b"HTTP/1.1 200 OK\r\n", 0.05, b"\r\n"], [OK]]
+        with pytest.raises(httpx2.ReadTimeout):
+            told(server, transport, read=0.05)
+        assert told(server, transport, late=True) is None
+        assert not transport._idle  # what was not read to its end is not used again
+        assert told(server, transport)[0] == 200
+
+    def test_no_place_is_lost(self, server: Server, transport: Direct) -> None:
+        server.script = [[None], *([OK] for _ in range(120))]
+        with pytest.raises(httpx2.RemoteProtocolError):
+            told(server, transport)
+        for _ in range(120):  # more than there are places
+            assert told(server, transport)[2] == b"hi"
+        assert server.connections == 2
+
+
+class TestPastTheLibrary:
+    """Of a ``Client``: which calls go past the library, and what it would have done."""
+
+    ANSWER = b'{"version": "1", "models": [], "limits": {}}'
+
+    def answer(self, *fields: bytes, body: bytes = ANSWER) -> bytes:
+        head = b"".join(field + b"\r\n" for field in (b"content-length: %d" % len(body), *fields))
+        return b"HTTP/1.1 200 OK\r\n" + head + b"\r\n" + body
+
+    def test_the_same_header_fields(self, server: Server) -> None:
+        server.script = [[self.answer()] for _ in range(2)]
+        with Client(server.url.partition("/path")[0], api_key="k", headers={"x-mine": "1"}) as client:
+            client.info()
+            client.info(request_id="r")  # through the library
+        past, through = (
+            dict(line.split(b": ", 1) for line in request.lower().split(b"\r\n\r\n")[0].split(b"\r\n")[1:])
+            for request in server.requests
+        )
+        assert through.pop(b"x-request-id") == b"r"
+        assert past.pop(b"accept-encoding") == b"identity"
+        through.pop(b"accept-encoding")
+        assert past == through
+        assert server.requests[0].startswith(b"GET /info HTTP/1.1\r\n")
+
+    def test_cookies_are_kept(self, server: Server) -> None:
+        server.script = [[self.answer(b"set-cookie: route=7")], [self.answer()]]
+        with Client(server.url.partition("/path")[0]) as client:
+            client.info()
+            client.info()
+        assert b"cookie: route=7" in server.requests[1].lower()
+
+    def test_an_answer_that_comes_compressed_all_the_same(self, server: Server) -> None:
+        server.script = [[self.answer(b"content-encoding: gzip", body=gzip.compress(self.ANSWER))]]
+        with Client(server.url.partition("/path")[0]) as client:
+            assert client.info().version == "1"
+
+    def test_a_closed_client_says_so(self, server: Server) -> None:
+        client = Client(server.url.partition("/path")[0])
+        client.close()
+        with pytest.raises(RuntimeError, match="closed"):
             client.info()

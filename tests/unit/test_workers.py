@@ -21,7 +21,7 @@ import pytest
 from lenvm.errors import ContextTooLongError, InvalidRequestError, LenVMError
 from lenvm.guidance import Objective
 from lenvm_service.api.errors import RequestError, error_object
-from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Prefix, StepJob, TokenScoreJob
 from lenvm_service.engine.queueing import Backlog, BatcherOptions
 from lenvm_service.errors import InternalError, OverloadedError, PrefixUnknownError
 from lenvm_service.workers.board import Board
@@ -30,6 +30,7 @@ from lenvm_service.workers.remote import Host, RemoteEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("models", "service", "clients"))
+TILT = Objective(kind="tilt", lambda_=0.01)
 JOBS: list[Job] = [
     PredictJob(Prefix([1, 2, 3], tenant="a"), quantiles=[0.5], max_tokens=7, generated=2),
     PredictJob(Prefix([], session="s-1"), quantiles=[0.5, 0.9]),
@@ -41,6 +42,16 @@ JOBS: list[Job] = [
         objective=Objective(kind="tilt", lambda_=0.01, strength=0.5),
         logprobs=[-0.1, float("-inf")],
         eos_ids=[2],
+    ),
+    StepJob(
+        ["s-1", "s-2", "s-3"],
+        [[7], [], [8]],
+        [[1, 2], [3], [4, 5]],
+        [1, 0, 2],
+        [TILT, None, TILT],
+        logprobs=[[-0.1, -0.2], [-0.3], [-0.4, -0.5]],
+        eos_ids=[2],
+        tenant="a",
     ),
 ]
 
@@ -64,6 +75,16 @@ def test_jobs_cross_the_socket(job: Job) -> None:
 def test_errors_look_the_same_on_the_other_side(error: LenVMError) -> None:
     arrived = _crossed(result_fields(error), result_of)
     assert error_object(arrived, request_id="r", at="inputs[1]") == error_object(error, request_id="r", at="inputs[1]")
+
+
+def test_the_errors_of_a_step_s_rows_cross_with_its_columns() -> None:
+    error = PrefixUnknownError("not held", param="session")
+    result = {"columns": {"value": [-0.5, None]}, "errors": {1: error}}
+    arrived = _crossed(result_fields(result), result_of)
+    assert arrived["columns"] == result["columns"]
+    assert list(arrived["errors"]) == [1]
+    told = [error_object(one, request_id="r", at="columns[1]") for one in (arrived["errors"][1], error)]
+    assert told[0] == told[1]
 
 
 def test_nothing_of_a_foreign_error_is_told() -> None:

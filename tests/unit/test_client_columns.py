@@ -1,0 +1,236 @@
+"""Rows of a step as columns on the wire: when, what goes out, how the answer is read, and services without them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from lenvm_client import (
+    AsyncClient,
+    BadAnswerError,
+    CandidateInput,
+    CandidateScores,
+    Client,
+    InvalidRequestError,
+    MockTransport,
+    RowError,
+)
+from lenvm_client._columns import step_call
+from lenvm_service.api import create_app
+from lenvm_service.metrics import Metrics
+from lenvm_service.settings import Settings
+from tests.support.fake_engine import KNOWN, FakeEngine
+
+WANTED = {"kind": "equal_to", "target": 9}
+ROW = CandidateInput(
+    session=KNOWN, append=(5,), candidates=(6, 7, 2), generated=3, objective=WANTED, eos_ids=(2,), return_values=False
+)
+OTHER = replace(ROW, append=(8,), candidates=(9, 4))
+
+
+def sent(rows: list[CandidateInput]) -> Any:
+    """The body of the one request for these rows."""
+    transport = MockTransport()
+    with Client(transport=transport) as client:
+        answers = client.score_candidates(rows)
+    assert [answer.index for answer in answers] == list(range(len(rows)))
+    (request,) = transport.requests
+    return request.body
+
+
+def test_rows_of_a_step_go_as_columns() -> None:
+    assert sent([ROW, OTHER]) == {
+        "columns": {
+            "session": [KNOWN, KNOWN],
+            "append": [[5], [8]],
+            "candidates": [[6, 7, 2], [9, 4]],
+            "generated": [3, 3],
+            "objective": WANTED,
+            "eos_ids": [2],
+        }
+    }
+    body = sent([replace(ROW, objective=dict(WANTED)), replace(OTHER, objective=None)])
+    assert body["columns"]["objective"] == [WANTED, None]
+    body = sent([replace(ROW, logprobs=(-1.0, -2.0, -3.0)), replace(OTHER, logprobs=[-0.5, -1.5])])
+    assert body["columns"]["logprobs"] == [[-1.0, -2.0, -3.0], [-0.5, -1.5]]
+    body = sent([replace(ROW, candidates=np.array([6, 7, 2])), OTHER])  # type: ignore[arg-type]
+    assert body["columns"]["candidates"] == [[6, 7, 2], [9, 4]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [ROW],
+        [ROW, replace(OTHER, session=None, append=(), token_ids=(1, 2))],
+        [ROW, replace(OTHER, return_values=True)],
+        [ROW, replace(OTHER, eos_ids=(3,))],
+        [replace(ROW, logprobs=(-1.0, -2.0, -3.0)), OTHER],
+        [ROW, replace(OTHER, prompt="a")],
+    ],
+)
+def test_what_does_not_fit_goes_row_by_row(rows: list[CandidateInput]) -> None:
+    assert step_call(rows, {}) is None
+    assert len(sent(rows)["inputs"]) == len(rows)
+
+
+def test_options_and_what_json_cannot_carry() -> None:
+    transport = MockTransport()
+    with Client(transport=transport, model="m") as client:
+        client.score_candidates([ROW, OTHER], deadline_ms=250.0, priority=2)
+        body = transport.requests[0].body
+        assert (body["model"], body["deadline_ms"], body["priority"]) == ("m", 250.0, 2)
+        nan = replace(ROW, logprobs=(-1.0, float("nan"), -2.0))
+        with pytest.raises(InvalidRequestError, match=r"inputs\[1\]\.logprobs\[1\] is not finite"):
+            client.score_candidates([replace(OTHER, logprobs=(-1.0, -1.0)), nan])
+        with pytest.raises(InvalidRequestError, match="not finite"):
+            client.score_candidates(
+                [replace(row, objective={**WANTED, "strength": float("inf")}) for row in (ROW, OTHER)]
+            )
+    assert len(transport.requests) == 1
+
+
+def answer(**changed: Any) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "prefix_tokens": [10, 11],
+        "cached_tokens": [9, 11],
+        "value": [-0.5, -0.25],
+        "horizon": [3.0, 2.0],
+        "log_weights": [[0.0, -1.0, -2.5], [-3.0, 0.5]],
+        "session": ["s-a", "s-b"],
+        "objective": [None, None],
+    }
+    errors = changed.pop("errors", [])
+    return {"model": "m", "columns": {**columns, **changed}, "errors": errors, "warnings": [], "timings_ms": {}}
+
+
+def ask(found: Mapping[str, Any]) -> list[CandidateScores | RowError]:
+    with Client(transport=MockTransport({"/score": found}), max_retries=0) as client:
+        return client.score_candidates([ROW, OTHER])
+
+
+def test_answers_come_back_as_rows() -> None:
+    first, second = ask(answer())
+    assert first == CandidateScores(
+        index=0, values=(), horizons=(), log_weights=(0.0, -1.0, -2.5), session="s-a", value=-0.5, horizon=3.0,
+        prefix_tokens=10, cached_tokens=9,
+    )  # fmt: skip
+    assert isinstance(second, CandidateScores)
+    assert (second.index, second.log_weights, second.session) == (1, (-3.0, 0.5), "s-b")
+
+
+def test_what_is_not_just_so_is_read_row_by_row() -> None:
+    tilt = {"kind": "tilt", "lambda": 0.1}
+    first, second = ask(answer(objective=[tilt, None], value=[0, -0.25], log_weights=[None, [-3, 0.5]]))
+    assert isinstance(first, CandidateScores)
+    assert isinstance(second, CandidateScores)
+    assert (first.objective, first.value, first.log_weights, second.log_weights) == (tilt, 0.0, None, (-3.0, 0.5))
+    error = {"type": "prefix_unknown", "message": "gone", "code": "prefix_unknown", "param": "columns[1].session"}
+    nothing = {name: [values[0], None] for name, values in answer()["columns"].items()}
+    first, second = ask(answer(**nothing, errors=[{"index": 1, "error": error}]))
+    assert isinstance(first, CandidateScores)
+    assert isinstance(second, RowError)
+    assert (second.index, second.type, second.param) == (1, "prefix_unknown", "columns[1].session")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {**answer(), "columns": None},
+        {**answer(), "columns": []},
+        {**answer(), "errors": None},
+        answer(value=[-0.5]),
+        answer(session=None),
+        answer(log_weights=[[0.0, -1.0], [-3.0, 0.5]]),
+        answer(log_weights=[[0.0, -1.0, "x"], [-3.0, 0.5]]),
+        answer(value=[None, -0.25]) | {"model": 4, "columns": {**answer()["columns"], "log_weights": [3, 4]}},
+        answer(horizon=[True, 2.0]),
+        answer(errors=[{"index": 1}]),
+        answer(errors=[3]),
+        {"model": "m", "scores": [], "warnings": []},
+    ],
+)
+def test_what_does_not_fit_the_question_is_no_answer(found: dict[str, Any]) -> None:
+    with pytest.raises(BadAnswerError):
+        ask(found)
+
+
+class TestOldServices:
+    """One that does not know columns refuses them by name, and gets rows from then on."""
+
+    @staticmethod
+    def old(request: Any) -> Any:
+        if "columns" in request.body:
+            error = {"type": "invalid_request", "message": "columns is unknown", "code": "extra_forbidden"}
+            return httpx2.Response(422, json={"error": error})
+        return None
+
+    def test_blocking(self) -> None:
+        transport = MockTransport({"/score": self.old})
+        with Client(transport=transport) as client:
+            for _ in range(2):
+                assert all(isinstance(row, CandidateScores) for row in client.score_candidates([ROW, OTHER]))
+        assert ["columns" in request.body for request in transport.requests] == [True, False, False]
+
+    def test_asynchronous(self) -> None:
+        transport = MockTransport({"/score": self.old})
+
+        async def run() -> None:
+            async with AsyncClient(transport=transport) as client:
+                for _ in range(2):
+                    assert all(isinstance(row, CandidateScores) for row in await client.score_candidates([ROW, OTHER]))
+
+        asyncio.run(run())
+        assert ["columns" in request.body for request in transport.requests] == [True, False, False]
+
+    def test_a_refusal_of_both_forms_is_raised_and_columns_are_tried_again(self) -> None:
+        refused = InvalidRequestError("deadline_ms must be above 0", param="deadline_ms", status=422)
+        transport = MockTransport({"/score": refused})
+        with Client(transport=transport) as client:
+            for _ in range(2):
+                with pytest.raises(InvalidRequestError, match="deadline_ms"):
+                    client.score_candidates([ROW, OTHER])
+        assert ["columns" in request.body for request in transport.requests] == [True, False, True, False]
+
+
+def test_both_clients_read_what_the_service_answers() -> None:
+    engine = FakeEngine()
+    service = TestClient(create_app({"fake": engine}, Settings(), Metrics()))
+
+    def over(request: Any) -> Any:
+        found = service.post("/score", json=request.body)
+        return httpx2.Response(found.status_code, content=found.content, headers={"content-type": "application/json"})
+
+    rows = [ROW, replace(OTHER, session="s-nobody"), OTHER]
+    with Client(transport=MockTransport({"/score": over})) as client:
+        found = client.score_candidates(rows)
+
+    async def asked() -> Any:
+        async with AsyncClient(transport=MockTransport({"/score": over})) as client:
+            return await client.score_candidates(rows)
+
+    assert [type(row) for row in found] == [CandidateScores, RowError, CandidateScores]
+    assert [row if isinstance(row, CandidateScores) else row.type for row in found] == [
+        row if isinstance(row, CandidateScores) else row.type for row in asyncio.run(asked())
+    ]
+    assert isinstance(found[1], RowError)
+    assert found[1].param == "columns[1].session"
+    assert len(engine.calls[0][0]) == 1  # one job
+
+
+def test_a_bad_row_among_columns_is_its_own_error() -> None:
+    service = TestClient(create_app({"fake": FakeEngine()}, Settings(), Metrics()))
+    columns = {"session": [KNOWN] * 3, "candidates": [[5], [5, -1], []], "objective": [WANTED, {"kind": "x"}, None]}
+    found = service.post("/score", json={"columns": columns}).json()
+    assert [(row["index"], row["error"]["type"]) for row in found["errors"]] == [
+        (1, "invalid_request"),
+        (2, "invalid_request"),
+    ]
+    assert found["columns"]["session"] == [KNOWN, None, None]
+    assert found["columns"]["log_weights"] == [[0.0], None, None]
