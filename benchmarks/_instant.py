@@ -23,7 +23,7 @@ from lenvm.backbones import load_eos_ids, load_tokenizer, resolve_backbone  # no
 from lenvm.config import LenVMConfig, find_checkpoint  # noqa: E402
 from lenvm.scoring.protocol import RowScore, ScoreRow, ScorerStats, StepScores  # noqa: E402
 from lenvm_service.engine.engine import Engine  # noqa: E402
-from lenvm_service.engine.jobs import Job, Reply  # noqa: E402
+from lenvm_service.engine.jobs import Job, Reply, StepJob, folded, rows_of  # noqa: E402
 from lenvm_service.engine.loading import EngineOptions, Loaded, _core  # noqa: E402
 from lenvm_service.settings import load_settings  # noqa: E402
 
@@ -130,7 +130,8 @@ class NoEngine(InstantEngine):
             "quantiles": {"0.5": 201, "0.9": 640, "0.95": 800}, "p_exceeds_max_tokens": None, "rank_key": 250.3,
             "saturated": False, "session": "a" * 43, "prediction_id": "a" * 43,
         }  # fmt: skip
-        return Reply([row] * len(jobs), queue_ms=0.1, inference_ms=1.0)
+        rows = [folded([row] * rows_of(job)) if isinstance(job, StepJob) else row for job in jobs]
+        return Reply(rows, queue_ms=0.1, inference_ms=1.0)
 
 
 async def _bare(scope: Any, receive: Any, send: Any) -> None:

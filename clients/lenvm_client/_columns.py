@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import index
 from typing import Any
 
 from lenvm_client._decode import decode
-from lenvm_client._types import CandidateInput, CandidateScores, RowError
+from lenvm_client._types import CandidateInput, CandidateScores, RowError, ScoreResponse
 from lenvm_client._wire import Call, candidate_scores, dump, dump_integers
 from lenvm_client.errors import BadAnswerError, InvalidRequestError
 
@@ -28,6 +29,9 @@ class StepCall(Call[list[CandidateScores | RowError]]):
     inputs: Sequence[CandidateInput] = ()
 
     def _decoded(self, data: Any) -> list[CandidateScores | RowError]:
+        if isinstance(data, dict) and "columns" not in data and "scores" in data:  # a stand-in that knows rows alone
+            rows_call = Call(self.method, self.path, ScoreResponse, None, "scores", len(self.inputs))
+            return candidate_scores(rows_call._decoded(data).scores, self.inputs)
         columns, errors = (data.get(name) if isinstance(data, dict) else None for name in ("columns", "errors"))
         if not isinstance(columns, dict) or not isinstance(errors, list):
             raise BadAnswerError("the answer has no columns: client and service versions may not fit")
@@ -58,11 +62,16 @@ def step_call(rows: Sequence[CandidateInput], options: Mapping[str, Any]) -> Ste
         return None
     sessions = [row.session for row in rows]
     logprobs = [row.logprobs for row in rows]
-    eos_ids, objective = rows[0].eos_ids, rows[0].objective
+    first, objective = rows[0].eos_ids, rows[0].objective
+    try:
+        eos_ids = _listed(first)
+        alike = all(row.eos_ids is first or _listed(row.eos_ids) == eos_ids for row in rows)
+    except TypeError:  # told of the row that it is in
+        return None
     if (
         None in sessions
         or any(row.return_values for row in rows)
-        or any(row.eos_ids is not eos_ids and row.eos_ids != eos_ids for row in rows)
+        or not alike
         or any(row.token_ids is not None or row.prompt is not None or row.messages is not None for row in rows)
         or 0 < sum(logs is None for logs in logprobs) < len(rows)
     ):
@@ -73,7 +82,7 @@ def step_call(rows: Sequence[CandidateInput], options: Mapping[str, Any]) -> Ste
         "candidates": [row.candidates for row in rows],
         "generated": [row.generated for row in rows],
     }
-    if len(eos_ids):
+    if eos_ids:
         columns["eos_ids"] = eos_ids
     if any(row.objective is not objective for row in rows):
         numbers: dict[str, Any] = {"objective": [row.objective for row in rows]}
@@ -90,6 +99,11 @@ def step_call(rows: Sequence[CandidateInput], options: Mapping[str, Any]) -> Ste
     inner = b",".join(part for part in parts[:2] if part)
     content = b'{"columns":{%s}%s}' % (inner, b"," + parts[2] if parts[2] else b"")
     return StepCall("POST", "/score", list, content, inputs=rows)
+
+
+def _listed(ids: Sequence[int] | None) -> list[int]:
+    """As plain data: arrays do not compare as one."""
+    return [] if ids is None else list(map(index, ids))
 
 
 def _plain_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["GuidanceReport", "GuidedRow", "RowReport", "WeightedRow", "uniform"]
 
@@ -47,7 +47,10 @@ class WeightedRow:
     logprobs: tuple[float, ...]
     log_weights: tuple[float, ...]
     guided: bool = False
-    mark: Any = field(default=None, repr=False, compare=False)  # for ``GuidedRow.after``
+    mark: ClassVar[Any] = None  # of one that came from a step, for ``GuidedRow.after``; a copy has none
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "mark"}
 
     def log_q(self) -> list[float]:
         """Natural logs [K] of the guided law ``q ~ p exp(log_weight)``, normalised over the candidates."""

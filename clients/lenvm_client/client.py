@@ -134,20 +134,21 @@ class Client(Base):
 
     def _exchange_directly(self, call: Call[Any], step: Send, meanwhile: Callable[[], None] | None) -> Reply | None:
         """A call without headers of its own past the library, which takes as long over it as the network; None where
-        the library is needed: for another transport, and once a server has set a cookie."""
+        the library is needed: for another transport, credentials in the URL, and once a server has set a cookie."""
         direct, cookies = self._direct, self._http.cookies
-        if direct is None or self._http.is_closed or len(cookies.jar):
+        url = self._url(call.path)
+        if direct is None or self._http.is_closed or len(cookies.jar) or url.userinfo:
             return None
         head = self._heads.get((call.method, call.path))
         if head is None:
             # Nothing is decoded here, so that the answer must come as it is.
             plain = {"accept-encoding": "identity"}
-            made = self._http.build_request(call.method, self._url(call.path), headers=plain, content=b"")
+            made = self._http.build_request(call.method, url, headers=plain, content=b"")
             head = self._heads[call.method, call.path] = request_head(made)
         data = head + b"\r\n"
         if (content := call.content) is not None:
             data = b"%scontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (head, len(content), content)
-        started, url = self._clock(), self._url(call.path)
+        started = self._clock()
 
         def late() -> bool:
             return step.left_s is not None and self._clock() - started > step.left_s

@@ -108,12 +108,15 @@ class GuidedDecoder(Core):
         called once before that: where a ``Client`` is asked, while it waits, so that what it does costs no time.
 
         Raises LenVMClientError (see ``on_error``), InvalidRequestError for rows that make no sense."""
-        flow, todo = self._flow(rows), [meanwhile] if meanwhile else []
+        flow, todo, failed = self._flow(rows), [meanwhile] if meanwhile else [], list[Exception]()
 
         def waiting() -> None:
-            self._catch_up()
-            while todo:
-                todo.pop()()
+            try:
+                self._catch_up()
+                while todo:
+                    todo.pop()()
+            except Exception as error:  # no error of the call, which goes on: raised once it has ended
+                failed.append(error)
 
         try:
             wanted = next(flow)
@@ -132,6 +135,8 @@ class GuidedDecoder(Core):
             weighted: list[WeightedRow] = stop.value
             while todo:
                 todo.pop()()
+            if failed:
+                raise failed[0] from None
             return weighted
         except RowFailure as failure:
             raise failure.error from None

@@ -234,3 +234,25 @@ def test_a_bad_row_among_columns_is_its_own_error() -> None:
     ]
     assert found["columns"]["session"] == [KNOWN, None, None]
     assert found["columns"]["log_weights"] == [[0.0], None, None]
+
+
+def test_odd_eos_ids_are_told_as_those_of_rows() -> None:
+    assert sent([replace(ROW, eos_ids=None), replace(OTHER, eos_ids=None)])["columns"]["session"]  # type: ignore[arg-type]
+    arrays = [replace(ROW, eos_ids=np.array([2, 3])), replace(OTHER, eos_ids=np.array([2, 3]))]  # type: ignore[arg-type]
+    assert sent(arrays)["columns"]["eos_ids"] == [2, 3]
+    assert step_call([replace(ROW, eos_ids=(2.5,)), replace(OTHER, eos_ids=(2.5,))], {}) is None  # type: ignore[arg-type]
+    service = TestClient(create_app({"fake": FakeEngine()}, Settings(), Metrics()))
+    for odd in ("", 0, False, {}):
+        found = service.post("/score", json={"columns": {"session": [KNOWN], "candidates": [[5]], "eos_ids": odd}})
+        assert [row["error"]["type"] for row in found.json()["errors"]] == ["invalid_request"], odd
+
+
+def test_a_stand_in_that_answers_rows_is_read() -> None:
+    row = {"values": [], "horizons": [], "session": "s-a", "value": -0.5, "horizon": 3.0}
+    rows = [{"index": 0, "log_weights": [0.0, 1.0, 2.0], **row}, {"index": 1, "log_weights": [3.0, 4.0], **row}]
+    first, second = ask({"model": "m", "scores": rows})
+    assert isinstance(first, CandidateScores)
+    assert isinstance(second, CandidateScores)
+    assert (first.log_weights, second.log_weights) == ((0.0, 1.0, 2.0), (3.0, 4.0))
+    with pytest.raises(BadAnswerError):
+        ask({"model": "m", "scores": rows[::-1]})

@@ -412,3 +412,9 @@ class TestPastTheLibrary:
         client.close()
         with pytest.raises(RuntimeError, match="closed"):
             client.info()
+
+    def test_credentials_in_the_url_are_sent(self, server: Server) -> None:
+        server.script = [[self.answer()]]
+        with Client(server.url.partition("/path")[0].replace("http://", "http://user:pw@")) as client:
+            client.info()
+        assert b"authorization: basic dxnlcjpwdw==" in server.requests[0].lower()

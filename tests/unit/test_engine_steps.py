@@ -248,3 +248,51 @@ def test_folded() -> None:
     assert isinstance(found, dict)
     assert found["columns"]["value"] == [1.0]
     assert "values" not in found["columns"]
+
+
+def test_a_step_s_states_are_made_though_their_parents_lost_their_candidates_meanwhile(
+    tiny_model: LengthValueModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_on_cpu(monkeypatch)
+    core = make(tiny_model, sessions={"max_candidates": 40})
+    with_graphs(core.scorer)  # type: ignore[arg-type]
+    loop = Loop(core, [EQUAL] * 3)
+    loop.take(core.run([loop.job()])[0])
+    others = [CandidateJob(Prefix([3 + at, 4, 5]), list(range(10, 30)), 0, EQUAL) for at in range(4)]
+    loop.take(core.run([loop.job(), *others])[0])
+    core.settle()
+    assert all(session in core.sessions for session in loop.sessions)
+
+
+def test_nothing_is_left_for_later_of_a_batch_that_failed(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(core, [EQUAL] * 2)
+    loop.take(core.run([loop.job()])[0])
+    core.settle()
+    held = len(core.sessions)
+
+    def fail(jobs: Any) -> Any:
+        raise RuntimeError("the device fell over")
+
+    monkeypatch.setattr(core, "_run_rows", fail)
+    with pytest.raises(RuntimeError):
+        core.run([loop.job(), PredictJob(Prefix([4, 5, 6]))])
+    assert core.settled
+    assert len(core.sessions) == held
+
+
+def test_letting_go_of_everything_lets_go_of_what_was_left_for_later(core: EngineCore) -> None:
+    loop = Loop(core, [EQUAL] * 2)
+    core.run([loop.job()])
+    assert not core.settled
+    core.clear()
+    core.settle()
+    assert len(core.sessions) == 0
+    assert core.scorer.pool.used_blocks == 0
+
+
+def test_a_strong_objective_is_computed_as_exactly_as_row_by_row(core: EngineCore, plain: EngineCore) -> None:
+    strong = Objective(kind="equal_to", target=20, strength=500.0)
+    loops = Loop(core, [strong] * 2), Loop(plain, [strong] * 2)
+    found, wanted = (loop.take(loop.core.run([loop.job()])[0]) for loop in loops)
+    # What the forwards differ by is magnified too; float32's 1e-7 would be another 5e-5.
+    assert found["log_weights"][0] == pytest.approx(wanted["log_weights"][0], rel=1e-4, abs=1e-2)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import json
 import math
+import pickle
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -902,6 +906,44 @@ class Overlapped(FakeScorer):
             meanwhile()
         self.overlapped += 1
         return self.score_candidates(rows)
+
+
+class TestMeanwhile:
+    """What a caller wants done while the service is asked."""
+
+    @pytest.mark.parametrize("objective", [TILT, None])
+    def test_it_is_called_once_before_the_answer(self, objective: Any) -> None:
+        for scorer in (FakeScorer(), Overlapped()):
+            decoder = GuidedDecoder(scorer, [EOS], on_error="raise")
+            called: list[int] = []
+            for step in range(3):
+                decoder.step([row([5, 6, *[4] * step], step, objective)], partial(called.append, 1))
+                assert len(called) == step + 1
+
+    @pytest.mark.parametrize("error", [InvalidRequestError("mine"), DOWN, ZeroDivisionError("mine")])
+    def test_its_error_is_the_caller_s(self, error: Exception) -> None:
+        def fail() -> None:
+            raise error
+
+        for scorer in (FakeScorer(), Overlapped()):
+            decoder = GuidedDecoder(scorer, [EOS])
+            with pytest.raises(type(error)) as caught:
+                decoder.step([row([5, 6], 0)], fail)
+            assert caught.value is error
+            assert len(scorer.calls) == 1
+            (weighted,) = decoder.step([row([5, 6], 0)])
+            assert weighted.guided
+
+
+def test_what_a_step_gives_can_be_copied_and_stored() -> None:
+    decoder = GuidedDecoder(FakeScorer(), [EOS])
+    (weighted,) = decoder.step([row([5, 6], 0)])
+    assert weighted.mark is not None
+    pickled = pickle.loads(pickle.dumps(weighted))  # noqa: S301  # our own
+    for copied in (pickled, copy.deepcopy(weighted), replace(weighted)):
+        assert copied == weighted
+        assert copied.mark is None
+    assert set(asdict(weighted)) == {"ids", "logprobs", "log_weights", "guided"}
 
 
 class TestOverlap:

@@ -488,13 +488,13 @@ class TorchScorer:
         if ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
             return None
         copies: list[tuple[int, int]] = []
-        held, lengths, chosen, sources = [], [], [], list[int]()
+        held, lengths, chosen, sources = [], [], list[tuple[Scored, int] | None](), list[int]()
         size, capture, advance = pool.block_size, None, pool.advance
         for state, new in zip(before, appended, strict=True):
             # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
             if not isinstance(state, TorchState) or state.pool is not pool or (own := state.held) is None:
                 return None
-            length, at = state.length, -1
+            length, promoted = state.length, None
             if len(new):
                 scored = state.scored
                 if len(new) > 1 or scored is None:
@@ -503,6 +503,7 @@ class TorchScorer:
                     at = scored.ids.index(new[0])
                 except ValueError:
                     return None
+                promoted = scored, at  # kept: the state may lose its candidates before its child is made
                 if not advance(own.blocks, length):
                     own = Held(pool, pool.fork(own.blocks, length, 1, copies))
                 if scored.capture is not capture:
@@ -517,7 +518,7 @@ class TorchScorer:
                 return None
             held.append(own)
             lengths.append(length)
-            chosen.append(at)
+            chosen.append(promoted)
         pool.copy(copies)
         try:
             launched = steps.launch([own.blocks for own in held], lengths, counts, ids, sources)
@@ -527,8 +528,8 @@ class TorchScorer:
             return None
         # While the device is at work.
         logits = [
-            was.logit if at < 0 else was.scored.logits[at]
-            for was, at in zip(cast(Sequence[Any], before), chosen, strict=True)
+            cast(TorchState, state).logit if promoted is None else promoted[0].logits[promoted[1]]
+            for state, promoted in zip(before, chosen, strict=True)
         ]
 
         def made() -> list[TorchState]:
@@ -537,7 +538,7 @@ class TorchScorer:
         found = StepScores(lengths, np.array(logits), launched.numbers[: len(lengths)], counts, made)
         try:
             self._count(len(ids))
-            self.stats.promoted += len(chosen) - chosen.count(-1)
+            self.stats.promoted += len(chosen) - chosen.count(None)
             if meanwhile is not None:
                 meanwhile(found)
         finally:
@@ -553,7 +554,7 @@ class TorchScorer:
         before: Sequence[Any],
         held: Sequence[Held],
         lengths: Sequence[int],
-        chosen: Sequence[int],
+        chosen: Sequence[tuple[Scored, int] | None],
         ids: NDArray[np.int32],
         counts: Sequence[int],
         step: StepNumbers,
@@ -564,12 +565,15 @@ class TorchScorer:
         all_logits, all_bins = list(step.numbers[:rows, :, 0]), list(step.numbers[:rows, :, 1:])
         all_ids, begin, first = ids.tolist(), 0, 0
         states = []
-        for row, (was, own, length, at, count) in enumerate(zip(before, held, lengths, chosen, counts, strict=True)):
+        for row, (was, own, length, promoted, count) in enumerate(
+            zip(before, held, lengths, chosen, counts, strict=True)
+        ):
             logit, bins = was.logit, was.bin_logprobs
-            if at >= 0:
-                scored = was.scored
+            if promoted is not None:
+                scored, at = promoted
                 # A copy: a handle that lives long must not keep all numbers of its step alive.
-                logit, bins = float(scored.logits[at]), None if bins is None else scored.bin_logprobs[at].copy()
+                logit = float(scored.logits[at])
+                bins = None if scored.bin_logprobs is None else scored.bin_logprobs[at].copy()
             state = TorchState(own, length, logit, bins)
             logits, row_bins = all_logits[row], all_bins[row] if has_bins else None
             if count < width:

@@ -20,7 +20,7 @@ from lenvm_service.api.middleware import RequestContext
 from lenvm_service.api.ports import EngineLike
 from lenvm_service.api.rows import Row
 from lenvm_service.api.schemas import GeneratorClaim, RequestOptions
-from lenvm_service.engine.jobs import Job, Reply, Result, StepJob, folded
+from lenvm_service.engine.jobs import Job, Reply, Result, StepJob, folded, rows_of
 from lenvm_service.engine.queueing import Reservation
 from lenvm_service.errors import DeadlineExceededError, InternalError
 
@@ -160,7 +160,6 @@ async def step_answer(
     if isinstance(step, LenVMError):
         raise step
     context = request.state.context
-    context.rows = len(step["columns"]["session"])
     errors = [
         {"index": at, "error": error_object(error, request_id=context.request_id, at=f"columns[{at}]")}
         for at, error in step["errors"].items()
@@ -179,8 +178,8 @@ async def _answered(
 ) -> tuple[list[Result], dict[str, Any]]:
     """All rows' results, and what an answer ends with."""
     context = request.state.context
-    context.rows, context.model = len(rows), engine.name
     jobs = [row for row in rows if not isinstance(row, LenVMError)]
+    context.rows, context.model = sum(map(rows_of, jobs)) + len(rows) - len(jobs), engine.name
     reply = Reply([], queue_ms=0.0, inference_ms=0.0)
     if jobs:
         priority = options.priority or 0

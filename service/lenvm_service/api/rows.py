@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
+from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -276,7 +276,8 @@ def step_job(columns: dict[str, Any], max_candidates: int, tenant: str = "") -> 
     sessions, candidates, objective = columns["session"], columns["candidates"], given("objective")
     appended = given("append") or [()] * count
     generated = given("generated") or [0] * count
-    logprobs, ends = given("logprobs"), given("eos_ids") or []
+    logprobs, ends = given("logprobs"), cast(Any, given("eos_ids"))
+    ends = [] if ends is None else ends
     lists = [*candidates, ends] if given("append") is None else [*candidates, *appended, ends]
     if not (
         set(map(type, sessions)) == {str}

@@ -152,6 +152,11 @@ class EngineCore:
         """To be done after the run's answers were handed out, and before the next run."""
         self._later.append(work)
 
+    def clear(self) -> None:
+        """Let go of everything that is held, and of what was left for later: its states may be of another pool."""
+        self._later.clear()
+        self.prefixes.clear()
+
     @property
     def settled(self) -> bool:
         """Nothing was left for later."""
@@ -169,13 +174,18 @@ class EngineCore:
         if found is not None:
             others = [at for at in range(len(jobs)) if at not in steps]
             results = dict(zip(steps, found, strict=True))
-            results.update(zip(others, self._run_rows([jobs[at] for at in others]) if others else (), strict=True))
+            try:
+                rows = self._run_rows([jobs[at] for at in others]) if others else []
+            except BaseException:
+                self._later.clear()  # nobody is given these answers
+                raise
+            results.update(zip(others, rows, strict=True))
             return [results[at] for at in range(len(jobs))]
-        rows = [job.rows() if isinstance(job, StepJob) else [job] for job in jobs]
-        each = iter(self._run_rows([row for its in rows for row in its]))
+        spread = [job.rows() if isinstance(job, StepJob) else [job] for job in jobs]
+        each = iter(self._run_rows([row for its in spread for row in its]))
         return [
             folded([next(each) for _ in its]) if isinstance(job, StepJob) else next(each)
-            for job, its in zip(jobs, rows, strict=True)
+            for job, its in zip(jobs, spread, strict=True)
         ]
 
     def _run_rows(self, jobs: Sequence[Job]) -> list[Result]:

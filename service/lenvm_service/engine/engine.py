@@ -279,8 +279,8 @@ class Engine:
     async def _submit_step(
         self, step: StepJob, *, deadline: float | None, priority: int, reservation: Reservation | None
     ) -> Reply:
-        """A step as one job where that is quicker, and all of its sessions are held here. Else, and where it failed as
-        a whole, as its rows: whoever is guilty gets the error, and no other."""
+        """A step as one job where that is quicker, and nothing is to be asked of the shared tier. Else, and where it
+        failed as a whole, as its rows: whoever is guilty gets the error, and no other."""
         if self._takes(step):
             reply = await self.batcher.submit([step], deadline=deadline, priority=priority, reservation=reservation)
             if not isinstance(reply.results[0], InternalError | OverloadedError):
@@ -291,10 +291,10 @@ class Engine:
     def _takes(self, step: StepJob) -> bool:
         if not (self.loaded and getattr(self.core.scorer, "has_graphs", False)):
             return False
+        if new_tokens(step) > self.batcher.options.budget_tokens:
+            return False
         sessions = self.core.sessions
-        return new_tokens(step) <= self.batcher.options.budget_tokens and all(
-            session in sessions for session in step.sessions
-        )
+        return self.tier is None or all(session in sessions for session in step.sessions)
 
     def feedback(
         self,
@@ -390,7 +390,7 @@ class Engine:
 
     def _relieve(self) -> None:
         """Memory ran out: let go of what only saves time."""
-        self.core.prefixes.clear()
+        self.core.clear()
         if self.options.device.startswith("cuda"):
             with contextlib.suppress(ImportError):
                 import torch
@@ -436,7 +436,7 @@ class Engine:
         """Is the engine sound? Sessions survive a failure if so; a second try starts with an empty pool."""
         if attempt:
             assert self._loaded is not None
-            self.core.prefixes.clear()
+            self.core.clear()
             self.core.scorer = self._loaded.new_scorer()
         self._canary()
 

@@ -202,8 +202,9 @@ class _Step:
         """Log-weights of each row's candidates; None where it has no objective."""
         scored = self.places[~self.terminal]
         if self.core.scorer.bins is not None and self.weights.reads_bins_alone:
-            # The head computes in float32: more would be no more exact.
-            weights = self.weights.of_scored(scored, numbers[:, 1:].astype(np.float32))
+            # The head computes in float32: more would be no more exact, unless it is magnified.
+            plain = all(objective is not None and objective.strength <= 1.0 for objective in self.objectives)
+            weights = self.weights.of_scored(scored, numbers[:, 1:].astype(np.float32 if plain else np.float64))
         else:
             flat = np.full((self.shape[0] * self.shape[1], numbers.shape[1]), np.nan)
             flat[scored] = numbers
