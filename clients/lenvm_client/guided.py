@@ -34,6 +34,31 @@ class AsyncCandidateScorer(Protocol):
         """Answers aligned with ``rows``. Raises LenVMClientError where the call as a whole failed."""
 
 
+class _Meanwhile:
+    """Work that is done beside a call. What it raises is no error of the call, which goes on: it is kept to its end."""
+
+    def __init__(self, work: Callable[[], None] | None) -> None:
+        self._work, self._failed = work, list[Exception]()
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._failed.append(error)
+
+    def once(self) -> None:
+        """The caller's own, if that was not done yet."""
+        work, self._work = self._work, None
+        if work is not None:
+            self(work)
+
+    def end(self) -> None:
+        """Raise what was kept."""
+        self.once()
+        if self._failed:
+            raise self._failed[0] from None
+
+
 class GuidedDecoder(Core):
     """The guidance of a step loop over any backbone; not thread-safe.
 
@@ -105,18 +130,14 @@ class GuidedDecoder(Core):
 
     def step(self, rows: Sequence[GuidedRow], meanwhile: Callable[[], None] | None = None) -> list[WeightedRow]:
         """The rows' candidates with their log-weights, aligned with ``rows``; empty for finished rows. ``meanwhile`` is
-        called once before that: where a ``Client`` is asked, while it waits, so that what it does costs no time.
+        called once before that: where a client is asked, while it waits, so that what it does costs no time.
 
         Raises LenVMClientError (see ``on_error``), InvalidRequestError for rows that make no sense."""
-        flow, todo, failed = self._flow(rows), [meanwhile] if meanwhile else [], list[Exception]()
+        flow, also = self._flow(rows), _Meanwhile(meanwhile)
 
         def waiting() -> None:
-            try:
-                self._catch_up()
-                while todo:
-                    todo.pop()()
-            except Exception as error:  # no error of the call, which goes on: raised once it has ended
-                failed.append(error)
+            also(self._catch_up)
+            also.once()
 
         try:
             wanted = next(flow)
@@ -133,10 +154,7 @@ class GuidedDecoder(Core):
                     wanted = flow.send(answers)
         except StopIteration as stop:
             weighted: list[WeightedRow] = stop.value
-            while todo:
-                todo.pop()()
-            if failed:
-                raise failed[0] from None
+            also.end()
             return weighted
         except RowFailure as failure:
             raise failure.error from None
@@ -150,9 +168,9 @@ class AsyncGuidedDecoder(Core):
     scorer: AsyncCandidateScorer
     _sleep = staticmethod(asyncio.sleep)  # a seam of the tests
 
-    async def step(self, rows: Sequence[GuidedRow]) -> list[WeightedRow]:
+    async def step(self, rows: Sequence[GuidedRow], meanwhile: Callable[[], None] | None = None) -> list[WeightedRow]:
         """See ``GuidedDecoder.step``."""
-        flow = self._flow(rows)
+        flow, also = self._flow(rows), _Meanwhile(meanwhile)
         try:
             wanted = next(flow)
             while True:
@@ -161,13 +179,18 @@ class AsyncGuidedDecoder(Core):
                     wanted = flow.send(None)
                     continue
                 try:
-                    answers = await self.scorer.score_candidates(wanted)
+                    asked = asyncio.ensure_future(self.scorer.score_candidates(wanted))
+                    if meanwhile is not None:
+                        await asyncio.sleep(0)
+                        also.once()
+                    answers = await asked
                 except LenVMClientError as error:
                     wanted = flow.throw(error)
                 else:
                     wanted = flow.send(answers)
         except StopIteration as stop:
             weighted: list[WeightedRow] = stop.value
+            also.end()
             return weighted
         except RowFailure as failure:
             raise failure.error from None

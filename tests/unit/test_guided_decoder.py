@@ -934,6 +934,30 @@ class TestMeanwhile:
             (weighted,) = decoder.step([row([5, 6], 0)])
             assert weighted.guided
 
+    def test_the_asynchronous_twin(self) -> None:
+        order: list[str] = []
+        inner = FakeScorer()
+
+        class Slow:
+            async def score_candidates(self, rows: Sequence[CandidateInput]) -> Any:
+                order.append("asked")
+                await asyncio.sleep(0.01)
+                order.append("answered")
+                return inner.score_candidates(rows)
+
+        def fail() -> None:
+            raise DOWN
+
+        async def run() -> None:
+            decoder = AsyncGuidedDecoder(Slow(), [EOS])
+            await decoder.step([row([5, 6], 0)], lambda: order.append("meanwhile"))
+            await decoder.step([row([5, 6], 0, None)], lambda: order.append("alone"))
+            with pytest.raises(ServiceUnreachableError):
+                await decoder.step([row([5, 6], 0)], fail)
+
+        asyncio.run(run())
+        assert order == ["asked", "meanwhile", "answered", "alone", "asked", "answered"]
+
 
 def test_what_a_step_gives_can_be_copied_and_stored() -> None:
     decoder = GuidedDecoder(FakeScorer(), [EOS])
