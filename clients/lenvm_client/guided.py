@@ -59,6 +59,11 @@ class _Meanwhile:
             raise self._failed[0] from None
 
 
+async def _once(also: _Meanwhile) -> None:
+    """Begun after the call beside it, which is on its way then."""
+    also.once()
+
+
 class GuidedDecoder(Core):
     """The guidance of a step loop over any backbone; not thread-safe.
 
@@ -179,11 +184,10 @@ class AsyncGuidedDecoder(Core):
                     wanted = flow.send(None)
                     continue
                 try:
-                    asked = asyncio.ensure_future(self.scorer.score_candidates(wanted))
-                    if meanwhile is not None:
-                        await asyncio.sleep(0)
-                        also.once()
-                    answers = await asked
+                    if meanwhile is None:
+                        answers = await self.scorer.score_candidates(wanted)
+                    else:
+                        answers, _ = await asyncio.gather(self.scorer.score_candidates(wanted), _once(also))
                 except LenVMClientError as error:
                     wanted = flow.throw(error)
                 else:

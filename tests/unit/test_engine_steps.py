@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lenvm.guidance import Objective
+from lenvm.guidance import Objective, PreparedWeights
 from lenvm.modeling import LengthValueModel
 from lenvm.scoring import TorchScorer
 from lenvm_service.engine import CandidateJob, EngineCore, PredictJob, Prefix, SessionStore
@@ -290,9 +290,19 @@ def test_letting_go_of_everything_lets_go_of_what_was_left_for_later(core: Engin
     assert core.scorer.pool.used_blocks == 0
 
 
-def test_a_strong_objective_is_computed_as_exactly_as_row_by_row(core: EngineCore, plain: EngineCore) -> None:
-    strong = Objective(kind="equal_to", target=20, strength=500.0)
-    loops = Loop(core, [strong] * 2), Loop(plain, [strong] * 2)
-    found, wanted = (loop.take(loop.core.run([loop.job()])[0]) for loop in loops)
-    # What the forwards differ by is magnified too; float32's 1e-7 would be another 5e-5.
-    assert found["log_weights"][0] == pytest.approx(wanted["log_weights"][0], rel=1e-4, abs=1e-2)
+@pytest.mark.parametrize(("strength", "wanted"), [(1.0, np.float32), (500.0, np.float64)])
+def test_what_is_magnified_is_computed_in_float64(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, strength: float, wanted: type
+) -> None:
+    seen: list[np.dtype[Any]] = []
+    of_scored = PreparedWeights.of_scored
+
+    def watched(self: PreparedWeights, places: Any, bin_logprobs: Any) -> Any:
+        seen.append(bin_logprobs.dtype)
+        return of_scored(self, places, bin_logprobs)
+
+    monkeypatch.setattr(PreparedWeights, "of_scored", watched)
+    loop = Loop(core, [Objective(kind="equal_to", target=20, strength=strength)] * 2)
+    seen.clear()
+    loop.take(core.run([loop.job()])[0])
+    assert seen == [wanted]

@@ -958,6 +958,31 @@ class TestMeanwhile:
         asyncio.run(run())
         assert order == ["asked", "meanwhile", "answered", "alone", "asked", "answered"]
 
+    def test_a_cancelled_step_leaves_no_call_behind(self) -> None:
+        ended: list[str] = []
+
+        class Slow:
+            async def score_candidates(self, rows: Sequence[CandidateInput]) -> Any:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    ended.append("cancelled")
+                    raise
+
+        async def run() -> None:
+            decoder = AsyncGuidedDecoder(Slow(), [EOS])
+            for turns in (1, 3):
+                step = asyncio.create_task(decoder.step([row([5, 6], 0)], lambda: None))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                step.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await step
+            assert len(asyncio.all_tasks()) == 1
+
+        asyncio.run(run())
+        assert ended
+
 
 def test_what_a_step_gives_can_be_copied_and_stored() -> None:
     decoder = GuidedDecoder(FakeScorer(), [EOS])

@@ -70,13 +70,13 @@ class _Step:
         core: EngineCore,
         jobs: Sequence[StepJob],
         sessions: Sequence[Session],
+        candidates: Sequence[Sequence[int]],
         terminal: NDArray[np.bool_],
         ids: NDArray[np.int32],
         counts: Sequence[int],
     ) -> None:
-        self.core, self.jobs, self.sessions = core, jobs, sessions
+        self.core, self.jobs, self.sessions, self.candidates = core, jobs, sessions, candidates
         self.terminal, self.ids, self.counts = terminal, ids, counts
-        self.candidates = [ids for job in jobs for ids in job.candidates]
         self.appended = [new for job in jobs for new in job.appended]
 
     @classmethod
@@ -101,7 +101,7 @@ class _Step:
         if not min(counts) or needed >= core.scorer.pool.max_blocks:
             return None
         core.prefixes.make_room(core.scorer, needed)
-        return cls(core, jobs, sessions, terminal, flat[~terminal], counts)
+        return cls(core, jobs, sessions, candidates, terminal, flat[~terminal], counts)
 
     def answers(self) -> list[Result] | None:
         """See ``answer_steps``."""
@@ -191,9 +191,7 @@ class _Step:
         """What the next step needs and this one's callers do not."""
         core = self.core
         core.prefixes.keep_step(core.scorer, self.chains, found.states(), [session.chain for session in self.sessions])
-        ahead = {
-            (id(objective), count): objective for objective, count in zip(self.objectives, self.generated, strict=True)
-        }
+        ahead = set(zip(map(id, self.objectives), self.generated, strict=True))
         if len(ahead) == 1 and (objective := self.objectives[0]) is not None:
             expect_step(objective, self.generated[0] + 1, core.scorer.bins)
         collect_young(len(self.sizes))
