@@ -6,29 +6,116 @@ A step of 32 rows is written and read in a fraction of the time that its rows ta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import index
-from typing import Any
+from typing import Any, TypeAlias
 
 from lenvm_client._decode import decode
 from lenvm_client._types import CandidateInput, CandidateScores, RowError, ScoreResponse
 from lenvm_client._wire import Call, candidate_scores, dump, dump_integers
 from lenvm_client.errors import BadAnswerError, InvalidRequestError
 
-__all__ = ["StepCall", "step_call"]
+__all__ = ["StepAnswers", "StepCall", "StepRows", "step_call"]
+
+Answers: TypeAlias = Sequence[CandidateScores | RowError]
 
 _ANSWERED = ("prefix_tokens", "cached_tokens", "value", "horizon", "log_weights", "session", "objective")
 
 
+@dataclass(eq=False)
+class StepRows(Sequence[CandidateInput]):
+    """R rows of a step side by side: a list with an entry for each, but for ``eos_ids``, which all share. ``logprobs``
+    None: of no row. As a sequence they are ``CandidateInput``, each made when it is asked for."""
+
+    sessions: list[str]
+    appended: list[Sequence[int]]
+    candidates: list[Sequence[int]]
+    generated: list[int]
+    objectives: list[Mapping[str, Any] | None]
+    eos_ids: Sequence[int] = ()
+    logprobs: list[Sequence[float]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        return CandidateInput(
+            session=self.sessions[at], append=self.appended[at], candidates=self.candidates[at],
+            generated=self.generated[at], objective=self.objectives[at], eos_ids=self.eos_ids,
+            logprobs=None if self.logprobs is None else self.logprobs[at], return_values=False,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, rows: Sequence[CandidateInput]) -> StepRows | None:
+        """None where rows do not fit: a prefix that is no session, values that are wanted, log-probs of some rows only,
+        rows with EOS ids of their own."""
+        if isinstance(rows, cls):
+            return rows
+        sessions = [row.session for row in rows]
+        logprobs = [row.logprobs for row in rows]
+        first = rows[0].eos_ids
+        try:
+            eos_ids = _listed(first)
+            alike = all(row.eos_ids is first or _listed(row.eos_ids) == eos_ids for row in rows)
+        except TypeError:  # told of the row that it is in
+            return None
+        if (
+            None in sessions
+            or any(row.return_values for row in rows)
+            or not alike
+            or any(row.token_ids is not None or row.prompt is not None or row.messages is not None for row in rows)
+            or 0 < sum(logs is None for logs in logprobs) < len(rows)
+        ):
+            return None
+        return cls(
+            sessions,  # type: ignore[arg-type]  # none is None
+            [row.append for row in rows],
+            [row.candidates for row in rows],
+            [row.generated for row in rows],
+            [row.objective for row in rows],
+            eos_ids,
+            None if logprobs[0] is None else logprobs,  # type: ignore[arg-type]  # nor is any of these
+        )
+
+
+@dataclass(eq=False)
+class StepAnswers(Sequence["CandidateScores | RowError"]):
+    """The answer to ``StepRows`` that went well, side by side: ``log_weights`` [R] of finite numbers, as many as there
+    are candidates. As a sequence it is ``CandidateScores``, each made when it is asked for."""
+
+    sessions: list[str]
+    log_weights: list[list[float]]
+    numbers: tuple[list[int], list[int], list[float], list[float]]  # tokens, cached ones, values, horizons
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    def __getitem__(self, at: Any) -> Any:
+        return list(self)[at]
+
+    def __iter__(self) -> Iterator[CandidateScores]:
+        listed = zip(*self.numbers, self.log_weights, self.sessions, strict=True)
+        for at, (count, held, value, horizon, weights, session) in enumerate(listed):
+            # What the __init__ of a frozen dataclass does, at once and not field by field.
+            made = object.__new__(CandidateScores)
+            made.__dict__.update(
+                index=at, values=(), horizons=(), log_weights=tuple(weights), session=session, objective=None,
+                value=value, horizon=horizon, prefix_tokens=count, cached_tokens=held,
+            )  # fmt: skip
+            yield made
+
+
 @dataclass(frozen=True)
-class StepCall(Call[list[CandidateScores | RowError]]):
+class StepCall(Call[Answers]):
     """A call of /score with columns; the answer comes back as rows."""
 
     inputs: Sequence[CandidateInput] = ()
 
-    def _decoded(self, data: Any) -> list[CandidateScores | RowError]:
+    def _decoded(self, data: Any) -> Answers:
         if isinstance(data, dict) and "columns" not in data and "scores" in data:  # a stand-in that knows rows alone
             rows_call = Call(self.method, self.path, ScoreResponse, None, "scores", len(self.inputs))
             return candidate_scores(rows_call._decoded(data).scores, self.inputs)
@@ -39,8 +126,8 @@ class StepCall(Call[list[CandidateScores | RowError]]):
         for name in _ANSWERED:
             if not isinstance(columns.get(name), list) or len(columns[name]) != count:
                 raise BadAnswerError(f"{count} inputs were sent, the answer's columns.{name} does not match them")
-        if not errors and (plain := _plain_rows(columns, self.inputs)) is not None:
-            return plain
+        if not errors and (plain := _plain_answers(columns, self.inputs)) is not None:
+            return plain if isinstance(self.inputs, StepRows) else list(plain)
         failed = {row.index: row for row in (decode(RowError, each, ("answer", "errors")) for each in errors)}
         rows: list[CandidateScores | RowError] = []
         for at in range(count):
@@ -55,41 +142,26 @@ class StepCall(Call[list[CandidateScores | RowError]]):
 
 
 def step_call(rows: Sequence[CandidateInput], options: Mapping[str, Any]) -> StepCall | None:
-    """The rows as one call with columns; None where they do not fit: a prefix that is no session, values that are
-    wanted, log-probs of some rows only, rows with EOS ids of their own, what JSON cannot carry, or a single row, which
-    gains nothing."""
-    if len(rows) < 2:
-        return None
-    sessions = [row.session for row in rows]
-    logprobs = [row.logprobs for row in rows]
-    first, objective = rows[0].eos_ids, rows[0].objective
-    try:
-        eos_ids = _listed(first)
-        alike = all(row.eos_ids is first or _listed(row.eos_ids) == eos_ids for row in rows)
-    except TypeError:  # told of the row that it is in
-        return None
-    if (
-        None in sessions
-        or any(row.return_values for row in rows)
-        or not alike
-        or any(row.token_ids is not None or row.prompt is not None or row.messages is not None for row in rows)
-        or 0 < sum(logs is None for logs in logprobs) < len(rows)
-    ):
+    """The rows as one call with columns; None where they do not fit (``StepRows.of``), for what JSON cannot carry, or a
+    single row, which gains nothing."""
+    side = StepRows.of(rows) if len(rows) > 1 else None
+    if side is None:
         return None
     columns: dict[str, Any] = {
-        "session": sessions,
-        "append": [row.append for row in rows],
-        "candidates": [row.candidates for row in rows],
-        "generated": [row.generated for row in rows],
+        "session": side.sessions,
+        "append": side.appended,
+        "candidates": side.candidates,
+        "generated": side.generated,
     }
-    if eos_ids:
-        columns["eos_ids"] = eos_ids
-    if any(row.objective is not objective for row in rows):
-        numbers: dict[str, Any] = {"objective": [row.objective for row in rows]}
-    else:
-        numbers = {} if objective is None else {"objective": objective}
-    if logprobs[0] is not None:
-        numbers["logprobs"] = logprobs
+    if len(side.eos_ids):
+        columns["eos_ids"] = side.eos_ids
+    numbers: dict[str, Any] = {}
+    if len(set(map(id, side.objectives))) > 1:
+        numbers["objective"] = side.objectives
+    elif side.objectives[0] is not None:
+        numbers["objective"] = side.objectives[0]
+    if side.logprobs is not None:
+        numbers["logprobs"] = side.logprobs
     given = {name: value for name, value in options.items() if value is not None}
     try:
         # What may hold floats is written by the strict encoder.
@@ -106,17 +178,16 @@ def _listed(ids: Sequence[int] | None) -> list[int]:
     return [] if ids is None else list(map(index, ids))
 
 
-def _plain_rows(
-    columns: Mapping[str, list[Any]], inputs: Sequence[CandidateInput]
-) -> list[CandidateScores | RowError] | None:
-    """The rows, where all is just as the service sends it; None for all else, which is looked at row by row."""
+def _plain_answers(columns: Mapping[str, list[Any]], inputs: Sequence[CandidateInput]) -> StepAnswers | None:
+    """Where all is just as the service sends it; None for all else, which is looked at row by row."""
     tokens, cached, values, horizons, weights, sessions, objectives = (columns[name] for name in _ANSWERED)
+    asked = inputs.candidates if isinstance(inputs, StepRows) else [row.candidates for row in inputs]
     if (
         set(map(type, tokens)) | set(map(type, cached)) != {int}
         or set(map(type, values)) | set(map(type, horizons)) != {float}
         or set(map(type, sessions)) != {str}
         or set(map(type, weights)) != {list}
-        or list(map(len, weights)) != [len(row.candidates) for row in inputs]
+        or list(map(len, weights)) != list(map(len, asked))
         or objectives.count(None) != len(objectives)
     ):
         return None
@@ -124,15 +195,4 @@ def _plain_rows(
     # No sum is finite that holds what is not.
     if set(map(type, numbers)) != {float} or not math.isfinite(sum(numbers)):
         return None
-    rows: list[CandidateScores | RowError] = []
-    for at, (count, held, value, horizon, its, session) in enumerate(
-        zip(tokens, cached, values, horizons, weights, sessions, strict=True)
-    ):
-        # What the __init__ of a frozen dataclass does, at once and not field by field.
-        made = object.__new__(CandidateScores)
-        made.__dict__.update(
-            index=at, values=(), horizons=(), log_weights=tuple(its), session=session, objective=None, value=value,
-            horizon=horizon, prefix_tokens=count, cached_tokens=held,
-        )  # fmt: skip
-        rows.append(made)
-    return rows
+    return StepAnswers(sessions, weights, (tokens, cached, values, horizons))

@@ -16,6 +16,7 @@ from dataclasses import replace
 from struct import Struct
 from typing import Any, Literal, TypeAlias
 
+from lenvm_client._columns import StepAnswers, StepRows
 from lenvm_client._state import Lineage, Live, Mark, Recent, Record, Tally, digests, hashed, objective_key
 from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow, log_sum
 from lenvm_client._text import TextAdapter, View
@@ -53,8 +54,8 @@ _HOPELESS = (
 )
 
 Answers: TypeAlias = Sequence[CandidateScores | RowError]
-Flow: TypeAlias = Generator[list[CandidateInput] | Wait, Answers | None, list[WeightedRow]]
-Batch: TypeAlias = tuple[list[Live], list[CandidateInput]]
+Flow: TypeAlias = Generator[Sequence[CandidateInput] | Wait, Answers | None, list[WeightedRow]]
+Batch: TypeAlias = tuple[Sequence[Live], Sequence[CandidateInput]]
 OnError: TypeAlias = Literal["passthrough", "raise", "log"]
 
 _log = logging.getLogger(__name__)
@@ -254,11 +255,18 @@ class Core:
     def _ends(self, row: GuidedRow) -> tuple[int, ...]:
         return self.end_ids if row.end_ids is None else tuple(row.end_ids)
 
+    @property
+    def _side_by_side(self) -> bool:
+        """Whether the scorer takes ``StepRows`` as they are."""
+        return False
+
     def _batches(self, rows: Sequence[Live]) -> list[Batch]:
         """All rows in one call, unless that passes the service's limits."""
-        batches: list[Batch] = []
-        size = 0
         plain = self.text is None and self.max_append == 1
+        if plain and len(rows) > 1 and self._side_by_side and (step := self._step_rows(rows)) is not None:
+            return [(rows, step)]
+        batches: list[tuple[list[Live], list[CandidateInput]]] = []
+        size = 0
         for x in rows:
             item = (plain and self._plain_input(x)) or self._input(x)
             # An upper guess.
@@ -269,7 +277,29 @@ class Core:
             batches[-1][0].append(x)
             batches[-1][1].append(item)
             size += bytes_
-        return batches
+        return list(batches)
+
+    def _step_rows(self, rows: Sequence[Live]) -> StepRows | None:
+        """The rows side by side where each goes on from one that was answered, and all want the same, as in nearly
+        every step of a generation; None for others, and for more than one call holds."""
+        objective, own_ends = rows[0].row.objective, rows[0].row.end_ids
+        if objective is None or objective.get("kind") == "scale" or "unit" in objective:
+            return None
+        sessions, appended, generated = list[str](), list[Sequence[int]](), list[int]()
+        for x in rows:
+            row, before = x.row, x.before
+            if before is None or x.resent or row.objective is not objective or row.end_ids is not own_ends:
+                return None
+            sessions.append(before.session)
+            appended.append(row.prefix[-1:])
+            generated.append(row.generated)
+            x.used = before.digest
+        candidates, ends = list[Sequence[int]](x.ids for x in rows), self._ends(rows[0].row)
+        bytes_ = len(rows) * 512 + 8 * len(ends) + 40 * sum(map(len, candidates))  # an upper guess
+        if len(rows) > self.max_batch_rows or bytes_ > self.max_body_bytes:
+            return None
+        logprobs = list[Sequence[float]](x.logprobs for x in rows) if _reads_logprobs(objective) else None
+        return StepRows(sessions, appended, candidates, generated, [objective] * len(rows), ends, logprobs)
 
     def _view(self, x: Live) -> View:
         """The row as it is asked about, and the digests of its prefix."""
@@ -356,6 +386,12 @@ class Core:
         where the error may pass."""
         if len(answers) != len(batch):
             raise BadAnswerError(f"{len(batch)} rows were sent, {len(answers)} answers came back")
+        if isinstance(answers, StepAnswers):
+            for x, session, listed in zip(batch, answers.sessions, answers.log_weights, strict=True):
+                x.mark = Mark(len(x.row.prefix), x.row.prefix[-1], x.hash, x.digest, session)
+                self._unkept.append((x.digest, session))
+                x.weights, x.wait_s = tuple(listed), 0.0
+            return []
         again = []
         for x, sent, answer in zip(batch, inputs, answers, strict=True):
             x.wait_s = 0.0

@@ -221,7 +221,8 @@ class AsyncClient(Base):
         step = step_call(inputs, options) if self._columns else None
         if step is not None:
             with contextlib.suppress(InvalidRequestError):
-                return await self._run(step, request_id, timeout, headers)
+                answers = await self._run(step, request_id, timeout, headers)
+                return list(answers)
         answer = await self._run(calls.score(inputs, options), request_id, timeout, headers)
         self._columns = self._columns and step is None  # a service of before they were, which takes the rows
         return candidate_scores(answer.scores, inputs)

@@ -299,7 +299,7 @@ class Client(Base):
             return []
         inputs = candidate_inputs(rows)
         options = calls.options(self.model, model, generator, deadline_ms, priority)
-        return self._candidates(inputs, options, request_id, timeout, headers)
+        return list(self._candidates(inputs, options, request_id, timeout, headers))
 
     def _candidates(
         self,
@@ -309,7 +309,7 @@ class Client(Base):
         timeout: Timeout = None,
         headers: Headers | None = None,
         meanwhile: Callable[[], None] | None = None,
-    ) -> list[CandidateScores | RowError]:
+    ) -> Sequence[CandidateScores | RowError]:
         step = step_call(inputs, options) if self._columns else None
         if step is not None:
             try:
@@ -320,13 +320,16 @@ class Client(Base):
         self._columns = self._columns and step is None  # a service of before they were, which takes the rows
         return candidate_scores(answer.scores, inputs)
 
+    @property
+    def _overlaps(self) -> bool:
+        """Whether ``GuidedDecoder`` may call ``_score_overlapped``: a subclass may have its own call."""
+        return type(self).score_candidates is Client.score_candidates
+
     def _score_overlapped(
         self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
-    ) -> list[CandidateScores | RowError]:
+    ) -> Sequence[CandidateScores | RowError]:
         """``score_candidates`` for ``GuidedDecoder``. ``meanwhile`` is called at most once, while the answer is
         awaited; not where another transport than the client's own sends the request."""
-        if type(self).score_candidates is not Client.score_candidates:  # a subclass has its own
-            return self.score_candidates(rows)
         return self._candidates(rows, calls.options(self.model, None, None, None, None), meanwhile=meanwhile)
 
     def tokenize(

@@ -123,15 +123,20 @@ class GuidedDecoder(Core):
 
     def _scored(
         self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
-    ) -> list[CandidateScores | RowError]:
+    ) -> Sequence[CandidateScores | RowError]:
         """The scorer's answers; where that is plainly a ``Client``, the step catches up during the call."""
-        found: list[CandidateScores | RowError]
-        overlapped = getattr(type(self.scorer), "_score_overlapped", None)
-        if overlapped is None or "score_candidates" in getattr(self.scorer, "__dict__", ()):
-            found = self.scorer.score_candidates(rows)
+        found: Sequence[CandidateScores | RowError]
+        if self._side_by_side:
+            found = self.scorer._score_overlapped(rows, meanwhile)
         else:
-            found = overlapped(self.scorer, rows, meanwhile)
+            found = self.scorer.score_candidates(rows)
         return found
+
+    @property
+    def _side_by_side(self) -> bool:
+        if getattr(type(self.scorer), "_overlaps", None) is None:
+            return False
+        return self.scorer._overlaps and "score_candidates" not in getattr(self.scorer, "__dict__", ())
 
     def step(self, rows: Sequence[GuidedRow], meanwhile: Callable[[], None] | None = None) -> list[WeightedRow]:
         """The rows' candidates with their log-weights, aligned with ``rows``; empty for finished rows. ``meanwhile`` is

@@ -897,6 +897,8 @@ class TestAfter:
 class Overlapped(FakeScorer):
     """As a ``Client``: what the decoder has still to do is done before the answer is read."""
 
+    _overlaps = True
+
     def __init__(self) -> None:
         super().__init__()
         self.overlapped = 0

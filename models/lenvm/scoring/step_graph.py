@@ -62,6 +62,14 @@ class StepGraphs:
         """Whether there is a bucket for so many rows of so many candidates."""
         return 0 < rows <= _ROWS[-1] and 0 < width <= _WIDTHS[-1]
 
+    def recorded(self, rows: int, width: int, longest: int) -> bool:
+        """Whether there is a graph for so many rows of so many candidates after prefixes of so many tokens."""
+        return self._bucket(rows, width, longest) in self._graphs
+
+    @staticmethod
+    def _bucket(rows: int, width: int, longest: int) -> tuple[int, int, bool]:
+        return _ROWS[bisect.bisect_left(_ROWS, rows)], _WIDTHS[bisect.bisect_left(_WIDTHS, width)], longest > SHORT
+
     def launch(
         self,
         blocks: Sequence[Sequence[int]],
@@ -78,12 +86,10 @@ class StepGraphs:
             GraphError: the step cannot be recorded here; nothing is done. What goes wrong in a replay is raised as it
                 is.
         """
-        rows = _ROWS[bisect.bisect_left(_ROWS, len(lengths))]
-        width = _WIDTHS[bisect.bisect_left(_WIDTHS, max(counts))]
-        long = max(lengths) > SHORT
-        graph = self._graphs.get((rows, width, long))
+        bucket = rows, width, long = self._bucket(len(lengths), max(counts), max(lengths))
+        graph = self._graphs.get(bucket)
         if graph is None:
-            graph = self._graphs[rows, width, long] = _StepGraph(self, rows, width, long=long)
+            graph = self._graphs[bucket] = _StepGraph(self, rows, width, long=long)
         return graph.launch(blocks, lengths, counts, ids, promotions)
 
 

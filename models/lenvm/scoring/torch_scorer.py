@@ -43,6 +43,10 @@ def _is_whole(row: ScoreRow) -> bool:
     return row.state is None and row.values_from is None and not len(row.candidates)
 
 
+def _length(state: PrefixState | None) -> int:
+    return 0 if state is None else state.length
+
+
 class _Promotion(NamedTuple):
     """The first token that a row appends was a candidate of its state."""
 
@@ -474,11 +478,14 @@ class TorchScorer:
         ids: NDArray[np.int32],
         counts: Sequence[int],
         meanwhile: Callable[[StepScores], None] | None = None,
+        *,
+        record: bool = True,
     ) -> StepScores | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates: ``counts[row]`` of ``ids``, all rows' one after another. None
         for any other call, or where this GPU or driver would not record the step (for good). ``meanwhile`` is called
-        with the answer while the device is at work: its numbers are not there yet.
+        with the answer while the device is at work: its numbers are not there yet. ``record`` False: None also where
+        the graph is not there yet, whose recording takes a second or so.
 
         The device waits for this, so that it does in one loop what must be known before the launch, and no more.
         Raises PoolExhaustedError."""
@@ -486,6 +493,8 @@ class TorchScorer:
         if steps is None or not counts or not steps.fits(len(counts), max(counts)) or not min(counts):
             return None
         if ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
+            return None
+        if not record and not steps.recorded(len(counts), max(counts), max(map(_length, before), default=0) + 1):
             return None
         copies: list[tuple[int, int]] = []
         held, lengths, chosen, sources = [], [], list[tuple[Scored, int] | None](), list[int]()

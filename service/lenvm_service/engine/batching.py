@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 _PRIORITY_STEP_S = 0.1  # a lower priority is an arrival that much later: nothing waits for ever
 _IDLE_S = 0.2
 _GIVE_WAY_S = 0.0005
+_AT_ONCE_S = 0.005  # what takes longer must not keep an event loop from its other callers
+_APART_S = 0.002  # requests that come sooner after an answer are of several callers, whom one batch serves together
+_SHARED_S = 0.1
 _MAX_CHECK_PAUSE_S = 5.0
 _LEAST_BATCH = 128  # tokens: a rate that was measured on less says little
 _LEAST_BUDGET = 16  # of the budget: a sixteenth is tried even where memory runs out again and again
@@ -53,6 +56,7 @@ class Batcher:
         finish: called on the thread after a batch's answers were handed out: work that nobody waits for. While it gives
             True, there is more of it, and it is called again as soon as nothing waits.
         relieve: called on the thread when memory ran out, before the batch is tried again in parts.
+        run_short: answers one job that takes milliseconds, or gives None with nothing done: see :meth:`at_once`.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Batcher:
         check: Callable[[int], None] = lambda attempt: None,
         finish: Callable[[], bool | None] = lambda: None,
         relieve: Callable[[], None] = lambda: None,
+        run_short: Callable[[Job], Result | None] = lambda job: None,
         observer: BatchObserver | None = None,
         tracing: Tracing | None = None,
         name: str = "engine",
@@ -74,9 +79,11 @@ class Batcher:
         self.state = "loading"
         self.failure: Exception | None = None
         self._run, self._cost, self._prepare, self._check = run, cost, prepare, check
-        self._finish, self._relieve = finish, relieve
+        self._finish, self._relieve, self._run_short = finish, relieve, run_short
         self._observer, self._tracing = observer, tracing
         self._condition = threading.Condition()
+        self._working = threading.Lock()  # held by whoever has ``run``, ``finish``, ``check`` or ``run_short`` in hand
+        self._answered_at = self._shared_until = 0.0
         self._queue: list[Entry] = []
         self._queued_tokens = 0
         self._reserved_tokens = 0
@@ -186,6 +193,46 @@ class Batcher:
             inference_ms=1000 * ticket.inference_s,
         )
 
+    def at_once(self, job: Job) -> Reply | None:
+        """Answer a short job on the thread of the event loop that asks, where nobody else does: to change threads twice
+        takes a good part of a decoding step. None, with nothing done: it is to be submitted. So is what fails here,
+        which is contained there."""
+        since = time.monotonic()
+        if since - self._answered_at < _APART_S:
+            self._shared_until = since + _SHARED_S
+        if self._queue or self._halves or not self._lone or self.state != "ready" or self._stopping:
+            return None
+        cost = self._cost(job)
+        if since < self._shared_until or not 0 < self.backlog.seconds(cost.tokens) < _AT_ONCE_S:
+            return None
+        if self._tracing is not None or not self._working.acquire(blocking=False):
+            return None
+        try:
+            result = self._run_short(job)
+        except Exception:
+            logger.exception("%s: a step failed: it is tried again as a batch", self.name)
+            result = None
+        finally:
+            self._working.release()
+        if result is None:
+            return None
+        self._answered_at = now = time.monotonic()
+        asyncio.get_running_loop().call_soon(self._note_short, cost, now - since)
+        return Reply([result], queue_ms=0.0, inference_ms=1000 * (now - since))
+
+    def _note_short(self, cost: Cost, seconds: float) -> None:
+        """What need not be done before the answer is on its way; the rest is the thread's, once that has left."""
+        self._note_rate(cost.tokens / max(seconds, 1e-6))
+        if self._observer:
+            self._observer.waited(0.0)
+            self._observer.batch(cost.rows, cost.tokens, seconds)
+        self._unfinished = True
+        asyncio.get_running_loop().call_later(_GIVE_WAY_S, self._nudge)
+
+    def _nudge(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
     def _enqueue(self, ticket: Ticket, jobs: Sequence[Job], key: float, reservation: Reservation | None = None) -> None:
         self._check_open()
         costs = [self._cost(job) for job in jobs]
@@ -280,7 +327,8 @@ class Batcher:
             except BaseException:  # outside a batch: a bug of ours, and still no reason to leave anyone waiting
                 logger.exception("%s: the batching loop failed", self.name)
                 self._fail_current()
-                self._recover()
+                with self._working:
+                    self._recover()
         self._become("stopped")
         self._refuse_all()
 
@@ -288,11 +336,12 @@ class Batcher:
         while not self._stopping:
             self._beat = time.monotonic()
             batch = self._next_half() if self._halves else self._next_batch()
-            if not batch:
-                if self._unfinished:
-                    self._finish_some()
-            elif not self._answer(batch):
-                self._recover()
+            with self._working:
+                if not batch:
+                    if self._unfinished:
+                        self._finish_some()
+                elif not self._answer(batch):
+                    self._recover()
 
     def _next_half(self) -> list[Entry]:
         """What is left of a part of a batch that failed; its callers may have gone meanwhile."""
@@ -375,6 +424,7 @@ class Batcher:
         Ticket.end_all(
             [entry.ticket for entry, result in zip(batch, results, strict=True) if self._completes(entry, result)]
         )
+        self._answered_at = time.monotonic()
         self._give_way()
         self._current, self._in_hand = [], 0
         self._tell()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import not_
@@ -134,19 +135,29 @@ class EngineCore:
 
         Raises only what is nobody's fault but ours; nothing is half done then.
         """
+        with self._counted():
+            steps = {at: job for at, job in enumerate(jobs) if isinstance(job, StepJob)}
+            return self._run_steps(jobs, steps) if steps else self._run_rows(jobs)
+
+    def run_step(self, job: StepJob) -> Result | None:
+        """:meth:`run` of one decoding step, if it is plainly one and a graph for it was recorded: it takes milliseconds
+        then. None for all else, with nothing answered. Raises what is our fault, as ``run`` does."""
+        with self._counted():
+            found = answer_steps(self, [job], record=False)
+        return None if found is None else found[0]
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Around a run: what it does is in ``counts``."""
         self.settle()
-        self.counts = BatchCounts()
+        counts = self.counts = BatchCounts()
         self.prefixes.begin()
-        before = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
-        steps = {at: job for at, job in enumerate(jobs) if isinstance(job, StepJob)}
-        results = self._run_steps(jobs, steps) if steps else self._run_rows(jobs)
-        after = (self.scorer.stats.tokens, self.scorer.stats.promoted, self.scorer.stats.forwards)
-        counts = self.counts
+        stats = self.scorer.stats
+        tokens, promoted, forwards = stats.tokens, stats.promoted, stats.forwards
+        yield
         counts.shared_tokens = self.prefixes.shared_tokens
-        counts.computed_tokens, counts.promoted_tokens, counts.forwards = (
-            b - a for a, b in zip(before, after, strict=True)
-        )
-        return results
+        counts.computed_tokens, counts.promoted_tokens = stats.tokens - tokens, stats.promoted - promoted
+        counts.forwards = stats.forwards - forwards
 
     def later(self, work: Callable[[], None]) -> None:
         """To be done after the run's answers were handed out, and before the next run."""

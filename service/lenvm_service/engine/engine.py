@@ -90,7 +90,7 @@ class Engine:
         self.tier: RedisTier | None = None
         self._predicted: OrderedDict[str, _Predicted] = OrderedDict()
         self._lock = threading.Lock()
-        self._noted = True  # what the last run took stands in the metrics
+        self._unnoted: tuple[Sequence[Job], Sequence[Result]] | None = None  # of the last run, not in the metrics yet
         self._held = 0  # tokens that a session's prefix is taken for
         self.loaded_at = 0.0
         tokens = options.batch_tokens or (16_384 if options.device.startswith("cuda") else 4_096)
@@ -108,6 +108,7 @@ class Engine:
             check=self._check,
             finish=self._share,
             relieve=self._relieve,
+            run_short=self._run_step,
             observer=metrics,
             tracing=tracing,
             name=name,
@@ -282,7 +283,9 @@ class Engine:
         """A step as one job where that is quicker, and nothing is to be asked of the shared tier. Else, and where it
         failed as a whole, as its rows: whoever is guilty gets the error, and no other."""
         if self._takes(step):
-            reply = await self.batcher.submit([step], deadline=deadline, priority=priority, reservation=reservation)
+            reply = self.batcher.at_once(step) if reservation is None else None
+            if reply is None:
+                reply = await self.batcher.submit([step], deadline=deadline, priority=priority, reservation=reservation)
             if not isinstance(reply.results[0], InternalError | OverloadedError):
                 return reply
         reply = await self.submit(step.rows(), deadline=deadline, priority=priority, reservation=reservation)
@@ -381,8 +384,7 @@ class Engine:
         return tier
 
     def _share(self) -> bool:
-        self.core.settle()
-        self._note_work()
+        self._settle()
         if self.tier is not None:
             return leave_shared(self.core, self.tier)
         self.core.prefixes.begin()  # nobody wants what was added
@@ -399,13 +401,38 @@ class Engine:
 
     def _run(self, jobs: Sequence[Job]) -> list[Result]:
         core = self.core
+        self._settle()
         since = time.perf_counter()
         results = core.run(jobs)
         if self.tier is not None and core.counts.computed_tokens >= _MEASURED:
             self.tier.costs.computed(core.counts.computed_tokens, time.perf_counter() - since)
-        if self._metrics is not None:
+        self._unnoted = jobs, results
+        if core.settled:  # or once the sessions are kept
+            self._note_work()
+        return results
+
+    def _run_step(self, job: Job) -> Result | None:
+        """The answer of a decoding step if a graph for it is there; None, with nothing done, for all else. On an event
+        loop's thread, see :meth:`Batcher.at_once`."""
+        if not isinstance(job, StepJob):
+            return None
+        self._settle()
+        result = self.core.run_step(job)
+        if result is not None:
+            self._unnoted = [job], [result]
+        return result
+
+    def _settle(self) -> None:
+        """Do what the last run has left for later."""
+        self.core.settle()
+        self._note_work()
+
+    def _note_work(self) -> None:
+        """What the last run took and answered, for the metrics."""
+        core, unnoted, self._unnoted = self.core, self._unnoted, None
+        if self._metrics is not None and unnoted is not None:
             answered = Counter[tuple[str, str]]()
-            for job, result in zip(jobs, results, strict=True):
+            for job, result in zip(*unnoted, strict=True):
                 kind = _KINDS[type(job)]
                 errors = result["errors"].values() if isinstance(job, StepJob) and isinstance(result, dict) else ()
                 answered[kind, "ok" if isinstance(result, dict) else result.code] += rows_of(job) - len(errors)
@@ -413,16 +440,6 @@ class Engine:
                     answered[kind, error.code] += 1
             for (kind, outcome), count in answered.items():
                 self._metrics.rows(kind, outcome, count)
-            self._noted = False
-            if core.settled:  # or once the sessions are kept
-                self._note_work()
-        return results
-
-    def _note_work(self) -> None:
-        """What the last run took, for the metrics."""
-        core = self.core
-        if self._metrics is not None and not self._noted:
-            self._noted = True
             pool, sessions = core.scorer.pool, core.sessions
             self._metrics.work(
                 core.counts,

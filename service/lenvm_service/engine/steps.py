@@ -43,15 +43,18 @@ class _Stepping(Protocol):
         ids: NDArray[np.int32],
         counts: Sequence[int],
         meanwhile: Callable[[StepScores], None] | None = None,
+        *,
+        record: bool = True,
     ) -> StepScores | None: ...
 
 
-def answer_steps(core: EngineCore, jobs: Sequence[StepJob]) -> list[Result] | None:
+def answer_steps(core: EngineCore, jobs: Sequence[StepJob], *, record: bool = True) -> list[Result] | None:
     """Answers aligned with ``jobs``, by one graph for all of their rows. None, with nothing done, where any row is in
-    any way not plainly as it should be: row by row it gets its answer, or its typed error."""
+    any way not plainly as it should be: row by row it gets its answer, or its typed error. ``record`` False: also where
+    the graph is not there yet."""
     if not hasattr(core.scorer, "step") or (step := _Step.of(core, jobs)) is None:
         return None
-    return step.answers()
+    return step.answers(record=record)
 
 
 class _NotPlainError(Exception):
@@ -103,13 +106,15 @@ class _Step:
         core.prefixes.make_room(core.scorer, needed)
         return cls(core, jobs, sessions, candidates, terminal, flat[~terminal], counts)
 
-    def answers(self) -> list[Result] | None:
+    def answers(self, *, record: bool) -> list[Result] | None:
         """See ``answer_steps``."""
         core = self.core
         states = [session.state for session in self.sessions]
         try:
             with traced(core.tracing, "forward", rows=len(states)):
-                found = cast(_Stepping, core.scorer).step(states, self.appended, self.ids, self.counts, self._meanwhile)
+                found = cast(_Stepping, core.scorer).step(
+                    states, self.appended, self.ids, self.counts, self._meanwhile, record=record
+                )
         except (PoolExhaustedError, _NotPlainError):
             return None
         return None if found is None else self._answers(found)
