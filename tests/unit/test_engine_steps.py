@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,10 +140,13 @@ def test_steps_of_several_requests_and_tenants_and_other_jobs_in_one_batch(core:
 
 def odd(job: StepJob, at: int, **changed: Any) -> StepJob:
     """The job with one row changed."""
-    fields = {name: getattr(job, name) for name in StepJob.__dataclass_fields__}
-    for name, value in changed.items():
-        fields[name] = [value if row == at else one for row, one in enumerate(fields[name])]
-    return StepJob(**fields)
+    return replace(
+        job,
+        **{
+            name: [value if row == at else one for row, one in enumerate(getattr(job, name))]
+            for name, value in changed.items()
+        },
+    )
 
 
 ODD: dict[str, dict[str, Any]] = {

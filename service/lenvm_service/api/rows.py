@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
@@ -278,16 +279,17 @@ def step_job(columns: dict[str, Any], max_candidates: int, tenant: str = "") -> 
     generated = given("generated") or [0] * count
     logprobs, ends = given("logprobs"), cast(Any, given("eos_ids"))
     ends = [] if ends is None else ends
-    lists = [*candidates, ends] if given("append") is None else [*candidates, *appended, ends]
+    others = [ends] if given("append") is None else [*appended, ends]
     if not (
         set(map(type, sessions)) == {str}
         and 0 < min(map(len, sessions)) <= max(map(len, sessions)) <= MAX_SESSION
-        and set(map(type, lists)) == {list}
+        and set(map(type, chain(candidates, others))) == {list}
         and 0 < min(map(len, candidates)) <= max(map(len, candidates)) <= max_candidates
         and len(ends) <= MAX_EOS_IDS
         and set(map(type, generated)) == {int}
         and 0 <= min(generated) <= max(generated) <= MAX_GENERATED
-        and _are_ids([token for ids in lists for token in ids])
+        and set(map(type, chain.from_iterable(candidates))) == {int}
+        and (not any(others) or _are_ids([*chain.from_iterable(others)]))
         and (logprobs is None or all(map(_are_numbers, logprobs, map(len, candidates))))
     ):
         return None
@@ -298,7 +300,9 @@ def step_job(columns: dict[str, Any], max_candidates: int, tenant: str = "") -> 
             objectives = [None if objective is None else Objective.from_dict(objective)] * count
     except InvalidRequestError:
         return None
-    return StepJob(sessions, appended, candidates, generated, objectives, logprobs, ends, tenant)
+    job = StepJob(sessions, appended, candidates, generated, objectives, logprobs, ends, tenant)
+    packed = job.packed()
+    return None if packed is None or packed.min() < 0 else job
 
 
 def _candidate_job(row: Mapping[str, Any], tokenizer: Any, max_candidates: int, tenant: str) -> Job:

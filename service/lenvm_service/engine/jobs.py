@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lenvm.errors import LenVMError
 from lenvm.guidance import Objective
+from lenvm.scoring import packed_ids
 from lenvm_service.prefix_cache import SessionRecord
 
 __all__ = [
@@ -105,6 +106,13 @@ class StepJob:
     logprobs: Sequence[Sequence[float]] | None = None
     eos_ids: Sequence[int] = ()
     tenant: str = ""
+    _packed: NDArray[np.int32] | None = field(default=None, init=False, compare=False, repr=False)
+
+    def packed(self) -> NDArray[np.int32] | None:
+        """All candidates, one row's after another's; None where one is no 32-bit integer. Worked out once."""
+        if self._packed is None:
+            self._packed = packed_ids(self.candidates, sum(map(len, self.candidates)))
+        return self._packed
 
     def rows(self) -> list[CandidateJob]:
         """The same, row by row."""

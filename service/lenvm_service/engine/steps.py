@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lenvm.errors import InvalidRequestError, PoolExhaustedError
 from lenvm.guidance import Objective, PreparedWeights, check_objective, expect_step
 from lenvm.returns import horizon_from_logit, value_from_logit
-from lenvm.scoring import PrefixState, StepScores, packed_ids
+from lenvm.scoring import PrefixState, StepScores
 from lenvm_service.engine.jobs import Result, StepJob
 from lenvm_service.engine.sessions import Session
 from lenvm_service.garbage import collect_young
@@ -94,8 +94,11 @@ class _Step:
             sessions += its
         candidates = [ids for job in jobs for ids in job.candidates]
         sizes = list(map(len, candidates))
-        flat = packed_ids(candidates, sum(sizes)) if all(sizes) else None
-        if flat is None or flat.view(np.uint32).max() >= core.scorer.vocab_size:  # negative ids are the largest then
+        packed = [ids for job in jobs if (ids := job.packed()) is not None]
+        if len(packed) < len(jobs) or not all(sizes):
+            return None
+        flat = packed[0] if len(packed) == 1 else np.concatenate(packed)
+        if flat.view(np.uint32).max() >= core.scorer.vocab_size:  # negative ids are the largest then
             return None
         terminal = _ends(core, jobs, flat)
         starts = np.array([0, *accumulate(sizes[:-1])])

@@ -24,7 +24,7 @@ _KINDS: dict[str, type[PredictJob] | type[TokenScoreJob] | type[CandidateJob] | 
     "step": StepJob,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in _NAMES}
+_FIELDS = {kind: tuple(field.name for field in fields(kind) if field.init) for kind in _NAMES}
 
 
 class Channel(asyncio.Protocol):
