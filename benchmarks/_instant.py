@@ -72,13 +72,21 @@ class InstantScorer:
         ids: Any,
         counts: Sequence[int],
         meanwhile: Callable[[StepScores], None] | None = None,
+        *,
+        utilities: Any = None,
+        record: bool = True,
     ) -> StepScores:
         """Zeros, all rows side by side."""
         lengths = [state.length + len(new) for state, new in zip(before, appended, strict=True)]
         numbers = np.zeros((len(counts), max(counts), 1 + len(self._bins)))
         numbers[..., 1:] = self._bins
         found = StepScores(
-            lengths, np.zeros(len(counts)), numbers, counts, lambda: [_State(length, self._bins) for length in lengths]
+            lengths,
+            np.zeros(len(counts)),
+            numbers,
+            None,
+            counts,
+            lambda: [_State(length, self._bins) for length in lengths],
         )
         if meanwhile is not None:
             meanwhile(found)

@@ -265,13 +265,16 @@ class PreparedWeights:
             and self._groups[0][2] is not None
         )
 
-    def of_scored(self, places: NDArray[np.intp], bin_logprobs: FloatArray) -> FloatArray:
+    def of_scored(
+        self, places: NDArray[np.intp], bin_logprobs: FloatArray, means: NDArray[np.float32] | None = None
+    ) -> FloatArray:
         """The same log-weights [B, K] from the candidates that were scored alone: their places [S] among the B K, in
-        order, and their bin_logprobs [S, n]. The others are EOS or no candidates. Nothing is padded for it."""
+        order, and their bin_logprobs [S, n]. The others are EOS or no candidates. Nothing is padded for it. ``means``
+        [S], float32: expected ``shared_utility`` of all rows, where a device has worked that out."""
         ((_, strength, posterior, _),) = self._groups
         assert posterior is not None
         raw = np.full(self._eos.shape, -np.inf)
-        raw.reshape(-1)[places] = posterior.expected(bin_logprobs, places // self._eos.shape[1])
+        raw.reshape(-1)[places] = posterior.expected(bin_logprobs, places // self._eos.shape[1], means)
         return _bounded(posterior.with_eos(raw), strength)
 
 
@@ -371,19 +374,25 @@ class _Posterior:
         """``raw`` [P, K] with what an EOS is worth where one stands."""
         return np.where(self._eos, self._at_eos, raw)
 
-    def expected(self, bin_logp: FloatArray, rows: NDArray[np.intp]) -> FloatArray:
+    def expected(
+        self, bin_logp: FloatArray, rows: NDArray[np.intp], means: NDArray[np.float32] | None = None
+    ) -> FloatArray:
         """``log sum_l P(l) u(g + l)`` [S] for bin log-probs [S, n] of candidates of these rows [S]; in float32 good to
-        1e-6 or so, in less than half of the time."""
+        1e-6 or so, in less than half of the time. ``means``: see ``PreparedWeights.of_scored``."""
         assert self._log_u is not None
         # One product where all rows want the same of each bin, as those of one batch mostly do.
         of_row = self._of_row[rows] if len(self._u) > 1 else None
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            p = np.exp(bin_logp)
-            # Not by BLAS, whose sums hang on how many rows there are.
-            mean = np.einsum("sn,n->s" if of_row is None else "sn,sn->s", p, self._u[0 if of_row is None else of_row])
+            if means is None:
+                u, tiny = self._u[0 if of_row is None else of_row], _TINY[bin_logp.itemsize]
+                # Not by BLAS, whose sums hang on how many rows there are.
+                mean = np.einsum("sn,n->s" if of_row is None else "sn,sn->s", np.exp(bin_logp), u)
+            else:
+                assert of_row is None
+                mean, tiny = means.astype(np.float64), _TINY[means.itemsize]
             raw: FloatArray = (self._peak[0] if of_row is None else self._peak[of_row]) + np.log(mean)
             # Where next to nothing is left of the product the sum is taken in logs; that takes twice as long.
-            if len(small := np.flatnonzero(~(mean > _TINY[bin_logp.itemsize]))):
+            if len(small := np.flatnonzero(~(mean > tiny))):
                 terms = bin_logp[small].astype(np.float64) + self._log_u[0 if of_row is None else of_row[small]]
                 peak = terms.max(axis=-1, keepdims=True)
                 peak = np.where(np.isfinite(peak), peak, 0.0)
@@ -410,6 +419,22 @@ def expect_step(objective: Objective, generated: int, bins: LengthBins | None) -
     nobody waits."""
     if bins is not None and objective.method == "posterior" and objective.kind != "scale":
         _one_bin_utility(((*utility(objective), float(generated)),), bins)
+
+
+def shared_utility(
+    objectives: Sequence[Objective | None], generated: Sequence[int], bins: LengthBins | None
+) -> NDArray[np.float32] | None:
+    """What each bin is worth to every row alike [n], relative to the best: its mean over a candidate's distribution is
+    what ``PreparedWeights.of_scored`` takes. None where rows want different things, or float32 would not do."""
+    objective = objectives[0]
+    alike = len(set(map(id, objectives))) == len(set(generated)) == 1
+    if not alike or bins is None or objective is None or objective.method != "posterior" or objective.kind == "scale":
+        return None
+    if not 0.0 < objective.strength <= 1.0:
+        return None
+    _, _, u = _one_bin_utility(((*utility(objective), float(generated[0])),), bins)
+    found: NDArray[np.float32] = u[0].astype(np.float32)
+    return found
 
 
 def _too_unlikely(

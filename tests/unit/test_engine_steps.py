@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lenvm import guidance
 from lenvm.guidance import Objective, PreparedWeights
 from lenvm.modeling import LengthValueModel
 from lenvm.scoring import TorchScorer
@@ -294,19 +295,41 @@ def test_letting_go_of_everything_lets_go_of_what_was_left_for_later(core: Engin
     assert core.scorer.pool.used_blocks == 0
 
 
-@pytest.mark.parametrize(("strength", "wanted"), [(1.0, np.float32), (500.0, np.float64)])
+@pytest.mark.parametrize(
+    ("objectives", "means", "logprobs"),
+    [
+        ([EQUAL] * 2, np.float32, np.float64),  # the device took the mean, in float32
+        ([EQUAL, MOST], None, np.float32),
+        ([Objective(kind="equal_to", target=20, strength=500.0)] * 2, None, np.float64),
+    ],
+    ids=["alike", "mixed", "magnified"],
+)
 def test_what_is_magnified_is_computed_in_float64(
-    core: EngineCore, monkeypatch: pytest.MonkeyPatch, strength: float, wanted: type
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, objectives: list[Objective], means: Any, logprobs: type
 ) -> None:
-    seen: list[np.dtype[Any]] = []
+    seen: list[Any] = []
     of_scored = PreparedWeights.of_scored
 
-    def watched(self: PreparedWeights, places: Any, bin_logprobs: Any) -> Any:
-        seen.append(bin_logprobs.dtype)
-        return of_scored(self, places, bin_logprobs)
+    def watched(self: PreparedWeights, places: Any, bin_logprobs: Any, own: Any = None) -> Any:
+        seen.append((None if own is None else own.dtype, bin_logprobs.dtype))
+        found = of_scored(self, places, bin_logprobs, own)
+        exact = of_scored(self, places, bin_logprobs.astype(np.float64))
+        np.testing.assert_allclose(found, exact, rtol=0, atol=2e-6)
+        return found
 
     monkeypatch.setattr(PreparedWeights, "of_scored", watched)
-    loop = Loop(core, [Objective(kind="equal_to", target=20, strength=strength)] * 2)
+    loop = Loop(core, objectives)
     seen.clear()
     loop.take(core.run([loop.job()])[0])
-    assert seen == [wanted]
+    assert seen == [(means, logprobs)]
+
+
+def test_a_mean_that_float32_cannot_hold_is_taken_in_logs(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for tiny in (guidance._TINY, dict.fromkeys(guidance._TINY, 2.0)):  # then every mean is too small
+        monkeypatch.setattr(guidance, "_TINY", tiny)
+        loop = Loop(core, [EQUAL] * 3)
+        found.append(loop.take(core.run([loop.job()])[0])["log_weights"])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=2e-6)
+        assert one != other  # another way to the same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,12 +65,14 @@ class StepScores:
     """Answer of a decoding step, all R rows side by side.
 
     ``lengths`` [R] and ``logits`` [R]: of the prefixes, their tokens and value logits; ``numbers`` [R, width, 1 + n]:
-    value logit and bin log-probs of each candidate, of which row r has ``counts[r]``; ``make``: see ``states``.
+    value logit and bin log-probs of each candidate, of which row r has ``counts[r]``; ``means`` [R, width]: expected
+    utility of each, where utilities of bins were given; ``make``: see ``states``.
     """
 
     lengths: Sequence[int]
     logits: NDArray[np.float64]
     numbers: NDArray[np.float64]
+    means: NDArray[np.float32] | None
     counts: Sequence[int]
     make: Callable[[], Sequence[PrefixState]]
     made: Sequence[PrefixState] | None = None
@@ -83,11 +85,14 @@ class StepScores:
 
     def scored(self) -> NDArray[np.float64]:
         """[S, 1 + n]: the numbers of all candidates, one row's after another's."""
-        width, each = self.numbers.shape[1:]
+        return self.of_all(self.numbers)
+
+    def of_all(self, columns: NDArray[Any]) -> NDArray[Any]:
+        """``columns`` [R, width, ...] of all candidates alone, one row's after another's: [S, ...]."""
+        width = columns.shape[1]
         if min(self.counts) == width:
-            return self.numbers.reshape(-1, each)
-        numbers: NDArray[np.float64] = self.numbers[np.arange(width) < np.array(self.counts)[:, None]]
-        return numbers
+            return columns.reshape(-1, *columns.shape[2:])
+        return columns[np.arange(width) < np.array(self.counts)[:, None]]
 
 
 @dataclass

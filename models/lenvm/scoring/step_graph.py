@@ -35,10 +35,11 @@ _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
 @dataclass(frozen=True)
 class StepNumbers:
     """What a step gives, once :meth:`wait` has returned: ``numbers [rows, width, 1 + n]`` (value logit, bin log-probs;
-    float64). ``kept [2, layers, rows x width, kv_heads, head_dim]``: keys and values of all candidates, of which a row
-    owns ``width`` places."""
+    float64), and expected utilities ``means [rows, width]`` (float32) where these were asked for. ``kept [2, layers,
+    rows x width, kv_heads, head_dim]``: keys and values of all candidates, of which a row owns ``width`` places."""
 
     numbers: NDArray[np.float64]
+    means: NDArray[np.float32] | None
     kept: torch.Tensor
     width: int
     done: torch.cuda.Event | None
@@ -77,10 +78,12 @@ class StepGraphs:
         counts: Sequence[int],
         ids: NDArray[np.int32],
         promotions: Sequence[int],
+        utilities: NDArray[np.float32] | None = None,
     ) -> StepNumbers:
         """Score each row's candidates, ``counts[row]`` of ``ids``, after its prefix of ``lengths[row]`` tokens, which
         lie in ``blocks[row]``, after copying what ``promotions`` say (``lenvm.paged.kernels.promote_tokens``; five
-        numbers a row). The numbers are there after ``wait``, before which no other step may be launched.
+        numbers a row). ``utilities [n]``: of each bin, to all rows. The numbers are there after ``wait``, before which
+        no other step may be launched.
 
         Raises:
             GraphError: the step cannot be recorded here; nothing is done. What goes wrong in a replay is raised as it
@@ -90,7 +93,7 @@ class StepGraphs:
         graph = self._graphs.get(bucket)
         if graph is None:
             graph = self._graphs[bucket] = _StepGraph(self, rows, width, long=long)
-        return graph.launch(blocks, lengths, counts, ids, promotions)
+        return graph.launch(blocks, lengths, counts, ids, promotions, utilities)
 
 
 class _StepGraph:
@@ -102,22 +105,27 @@ class _StepGraph:
         device, on_gpu = pool.device, pool.device.type == "cuda"
         # Less to copy where no prefix is long.
         columns = pool.blocks_for(steps.model.context if long else min(SHORT, steps.model.context))
-        # One buffer and one copy from the host: promotions (int64), then lengths of prefixes, candidates and blocks
-        # (int32), all rows of each together.
-        shapes = ((rows, 5), (rows,), (rows, width), (rows, columns))
-        sizes = [math.prod(shape) * (8 if index == 0 else 4) for index, shape in enumerate(shapes)]
+        bins = steps.model.config.head.num_bins
+        # One buffer and one copy from the host: promotions, then lengths of prefixes, candidates, blocks, and utilities
+        # of bins, all rows of each together.
+        shapes = ((rows, 5), (rows,), (rows, width), (rows, columns), (rows, bins))
+        kinds = (torch.int64, torch.int32, torch.int32, torch.int32, torch.float32)
+        sizes = [math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)]
         self.sent = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
         self.inputs = self.sent.to(device)
 
         def views(buffer: torch.Tensor) -> list[torch.Tensor]:
-            parts = zip(buffer.split(sizes), shapes, strict=True)
-            return [
-                part.view(torch.int32 if index else torch.int64).view(shape)
-                for index, (part, shape) in enumerate(parts)
-            ]
+            parts = zip(buffer.split(sizes), kinds, shapes, strict=True)
+            return [part.view(kind).view(shape) for part, kind, shape in parts]
 
-        self.promotions, self.lengths, self.ids, self.tables = views(self.inputs)
-        self.host_promotions, self.host_lengths, self.host_ids, self.host_tables = (x.numpy() for x in views(self.sent))
+        self.promotions, self.lengths, self.ids, self.tables, self.utilities = views(self.inputs)
+        (
+            self.host_promotions,
+            self.host_lengths,
+            self.host_ids,
+            self.host_tables,
+            self.host_utilities,
+        ) = (x.numpy() for x in views(self.sent))
         self.written: list[Sequence[int]] = [()] * rows  # the blocks that stand in the host's buffer
         shape = pool.shape
         self.kept = torch.zeros(
@@ -126,6 +134,7 @@ class _StepGraph:
         self.scratch: StepScratch | None = None
         numbers = steps.model.head.output.out_features
         self.numbers = torch.zeros(rows * width, numbers, dtype=torch.float64, device=device)
+        self.means = torch.zeros(rows * width, dtype=torch.float32, device=device)
         self.step = captured(self._step) if on_gpu else self._step
         self.done = torch.cuda.Event() if on_gpu else None
 
@@ -138,7 +147,8 @@ class _StepGraph:
         if self.scratch is None:  # at the first warm-up
             self.scratch = layers.scratch(self.rows, self.width, self.pool, long=long)
         hidden = layers(self.ids.view(-1), self.lengths, self.tables, self.pool, kept, long=long, scratch=self.scratch)
-        self.steps.head(hidden, self.numbers)
+        utilities = self.utilities if self.utilities.numel() else None
+        self.steps.head(hidden, self.numbers, utilities, self.means)
 
     def launch(
         self,
@@ -147,6 +157,7 @@ class _StepGraph:
         counts: Sequence[int],
         ids: NDArray[np.int32],
         promotions: Sequence[int],
+        utilities: NDArray[np.float32] | None,
     ) -> StepNumbers:
         """See :meth:`StepGraphs.launch`. Rows that nobody asked for have no prefix."""
         rows, width, on_gpu = len(lengths), counts[0], self.done is not None
@@ -162,6 +173,8 @@ class _StepGraph:
             for row, count in enumerate(counts):
                 self.host_ids[row, :count] = ids[at : at + count]
                 at += count
+        if utilities is not None:
+            self.host_utilities[:rows] = utilities
         for row, own in enumerate(blocks):
             # States of one sequence share the list until they need one more block.
             if self.written[row] is not own:
@@ -173,6 +186,10 @@ class _StepGraph:
             shape = (self.rows, self.width, self.numbers.shape[-1])
             received = torch.empty(shape, dtype=torch.float64, pin_memory=on_gpu)
             received.view(self.numbers.shape).copy_(self.numbers, non_blocking=True)
+            means = None
+            if utilities is not None:
+                means = torch.empty(shape[:2], pin_memory=on_gpu)
+                means.view(-1).copy_(self.means, non_blocking=True)
             if self.done is not None:
                 self.done.record()
             # The next replay fills the buffer anew, and states keep what they were scored with. Nobody waits for this.
@@ -181,4 +198,4 @@ class _StepGraph:
             if on_gpu:  # or the next step's inputs could be written while this one still reads its own
                 torch.cuda.synchronize(self.pool.device)
             raise
-        return StepNumbers(received.numpy(), kept, self.width, self.done)
+        return StepNumbers(received.numpy(), None if means is None else means.numpy(), kept, self.width, self.done)

@@ -154,7 +154,8 @@ class StepLayers:
 
 
 class StepHead:
-    """The value head over states: from ``[N, hidden]`` value logits and log-probabilities into ``[N, 1 + n]``.
+    """The value head over states: from ``[N, hidden]`` value logits and log-probabilities into ``[N, 1 + n]``. With
+    ``utilities [R, n]`` of bins also each token's expected utility into ``means [N]``: row r owns N / R tokens.
 
     bfloat16 states take the first product on the matrix units, as exact as in float32: a float32 weight is the sum of
     three bfloat16 ones.
@@ -172,13 +173,22 @@ class StepHead:
                 rest = rest - self.parts[-1].float()
             self.weight = torch.cat(self.parts).t()
 
-    def __call__(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+        utilities: torch.Tensor | None = None,
+        means: torch.Tensor | None = None,
+    ) -> None:
         first = self.head.input
         if first is None or not self.fused:
             found = self.head(hidden)
             out[:, 0] = found.logits
             if found.bin_logprobs is not None:
                 out[:, 1:] = found.bin_logprobs
+                if utilities is not None and means is not None:
+                    of_token = utilities.repeat_interleave(len(hidden) // len(utilities), 0)
+                    means.copy_((found.bin_logprobs.exp() * of_token).sum(-1))
             return
         from lenvm.paged.layer_kernels import head_numbers
 
@@ -186,4 +196,4 @@ class StepHead:
             product = torch.mm(hidden, self.weight, out_dtype=torch.float32)
         else:
             product = linear(hidden.float(), first.weight)
-        head_numbers(product, first.bias, self.head.output.weight, self.head.output.bias, out)
+        head_numbers(product, first.bias, self.head.output.weight, self.head.output.bias, out, utilities, means)

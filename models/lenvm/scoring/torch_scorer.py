@@ -479,12 +479,14 @@ class TorchScorer:
         counts: Sequence[int],
         meanwhile: Callable[[StepScores], None] | None = None,
         *,
+        utilities: NDArray[np.float32] | None = None,
         record: bool = True,
     ) -> StepScores | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates: ``counts[row]`` of ``ids``, all rows' one after another. None
         for any other call, or where this GPU or driver would not record the step (for good). ``meanwhile`` is called
-        with the answer while the device is at work: its numbers are not there yet. ``record`` False: None also where
+        with the answer while the device is at work: its numbers are not there yet. ``utilities [n]``: of each bin, for
+        ``StepScores.means``. ``record`` False: None also where
         the graph is not there yet, whose recording takes a second or so.
 
         The device waits for this, so that it does in one loop what must be known before the launch, and no more.
@@ -530,7 +532,7 @@ class TorchScorer:
             chosen.append(promoted)
         pool.copy(copies)
         try:
-            launched = steps.launch([own.blocks for own in held], lengths, counts, ids, sources)
+            launched = steps.launch([own.blocks for own in held], lengths, counts, ids, sources, utilities)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
@@ -544,7 +546,9 @@ class TorchScorer:
         def made() -> list[TorchState]:
             return self._step_states(before, held, lengths, chosen, ids, counts, launched)
 
-        found = StepScores(lengths, np.array(logits), launched.numbers[: len(lengths)], counts, made)
+        rows = len(lengths)
+        means = None if launched.means is None else launched.means[:rows]
+        found = StepScores(lengths, np.array(logits), launched.numbers[:rows], means, counts, made)
         try:
             self._count(len(ids))
             self.stats.promoted += len(chosen) - chosen.count(None)

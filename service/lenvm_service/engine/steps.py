@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenvm.errors import InvalidRequestError, PoolExhaustedError
-from lenvm.guidance import Objective, PreparedWeights, check_objective, expect_step
+from lenvm.guidance import Objective, PreparedWeights, check_objective, expect_step, shared_utility
 from lenvm.returns import horizon_from_logit, value_from_logit
 from lenvm.scoring import PrefixState, StepScores
 from lenvm_service.engine.jobs import Result, StepJob
@@ -44,6 +44,7 @@ class _Stepping(Protocol):
         counts: Sequence[int],
         meanwhile: Callable[[StepScores], None] | None = None,
         *,
+        utilities: NDArray[np.float32] | None = None,
         record: bool = True,
     ) -> StepScores | None: ...
 
@@ -81,6 +82,8 @@ class _Step:
         self.core, self.jobs, self.sessions, self.candidates = core, jobs, sessions, candidates
         self.terminal, self.ids, self.counts = terminal, ids, counts
         self.appended = [new for job in jobs for new in job.appended]
+        self.generated = [count for job in jobs for count in job.generated]
+        self.objectives = [objective for job in jobs for objective in job.objectives]
 
     @classmethod
     def of(cls, core: EngineCore, jobs: Sequence[StepJob]) -> _Step | None:
@@ -113,10 +116,11 @@ class _Step:
         """See ``answer_steps``."""
         core = self.core
         states = [session.state for session in self.sessions]
+        utilities = shared_utility(self.objectives, self.generated, core.scorer.bins)
         try:
             with traced(core.tracing, "forward", rows=len(states)):
                 found = cast(_Stepping, core.scorer).step(
-                    states, self.appended, self.ids, self.counts, self._meanwhile, record=record
+                    states, self.appended, self.ids, self.counts, self._meanwhile, utilities=utilities, record=record
                 )
         except (PoolExhaustedError, _NotPlainError):
             return None
@@ -135,8 +139,6 @@ class _Step:
 
     def _meanwhile(self, step: StepScores) -> None:
         """What follows from the jobs and the prefixes alone."""
-        self.generated = [count for job in self.jobs for count in job.generated]
-        self.objectives = [objective for job in self.jobs for objective in job.objectives]
         self._check(step.lengths)
         self.sizes = list(map(len, self.candidates))
         self.shape = rows, width = len(self.sizes), max(self.sizes)
@@ -180,7 +182,7 @@ class _Step:
         numbers = found.scored()
         if not (self.finite and np.isfinite(numbers[:, 0]).all()):
             raise ArithmeticError("the model gave values that are not finite")  # whatever these are, no answers
-        columns["log_weights"] = self._weights(numbers)
+        columns["log_weights"] = self._weights(numbers, None if found.means is None else found.of_all(found.means))
         columns["session"] = [chain.handle for chain in self.chains]
         columns["objective"] = [None] * len(self.chains)
         core.counts.cached_tokens += sum(columns["cached_tokens"])
@@ -204,13 +206,17 @@ class _Step:
             expect_step(objective, self.generated[0] + 1, core.scorer.bins)
         collect_young(len(self.sizes))
 
-    def _weights(self, numbers: NDArray[np.float64]) -> list[Any]:
+    def _weights(self, numbers: NDArray[np.float64], means: NDArray[np.float32] | None) -> list[Any]:
         """Log-weights of each row's candidates; None where it has no objective."""
         scored = self.places[~self.terminal]
         if self.core.scorer.bins is not None and self.weights.reads_bins_alone:
+            logprobs: NDArray[Any] = numbers[:, 1:]
             # The head computes in float32: more would be no more exact, unless it is magnified.
-            plain = all(objective is not None and objective.strength <= 1.0 for objective in self.objectives)
-            weights = self.weights.of_scored(scored, numbers[:, 1:].astype(np.float32 if plain else np.float64))
+            if means is None and all(
+                objective is not None and objective.strength <= 1.0 for objective in self.objectives
+            ):
+                logprobs = logprobs.astype(np.float32)
+            weights = self.weights.of_scored(scored, logprobs, means)
         else:
             flat = np.full((self.shape[0] * self.shape[1], numbers.shape[1]), np.nan)
             flat[scored] = numbers
