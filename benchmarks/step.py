@@ -45,6 +45,7 @@ class Steps:
 
     def restart(self) -> None:
         """Every prefix anew, and a first shortlist for each."""
+        self.states, self.found = [], None  # the pool need not hold both
         self.states = [score.state for score in self._scored([None] * len(self.counts), self.prefixes)]
         self.settle()
         self.promoted()

@@ -249,8 +249,10 @@ def test_what_is_done_meanwhile_is_done_once_and_before_the_numbers_are_there(sc
 
     class Numbers:
         numbers = np.full((1, 2, 1 + scorer.bins.size), np.nan)  # type: ignore[union-attr]
-        kept = torch.zeros(2, 1, 2, 1, 1)
         width, means = 2, None
+
+        def kept(self) -> torch.Tensor:
+            return torch.zeros(2, 1, 2, 1, 1)
 
         def wait(self) -> None:
             events.append("wait")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from lenvm.errors import InvalidRequestError
@@ -112,6 +113,20 @@ def test_captures_that_lost_their_users_shrink_before_long_and_never_while_a_ste
     child = scorer.score([ScoreRow(kept.state, [8], [7, 8]), *(ScoreRow(x.state, [8], [7, 8]) for x in answers)])
     assert child[0].logits.tolist() == [8.0]
     assert sent[-1]["promotions"][0, 0] == capture.keys.data_ptr() + capture.keys.stride(1) * capture.keys.itemsize
+
+
+def test_keys_of_a_step_are_its_own_whenever_its_states_are_made(
+    scorer: TorchScorer, sent: list[dict[str, Any]]
+) -> None:
+    (state,) = scorer.open([[1, 2]])
+    steps = []
+    for ids in ([7, 8], [5, 6], [3, 4]):
+        steps.append((scorer.step([state], [()], np.array(ids, np.int32), [2]), ids))
+    for found, ids in reversed(steps):
+        assert found is not None
+        (made,) = found.states()
+        capture = made.scored.capture  # type: ignore[attr-defined]
+        assert capture.keys[0, :2, 0, 0].tolist() == capture.values[0, :2, 0, 0].tolist() == ids
 
 
 def test_a_state_does_not_keep_the_numbers_of_its_whole_step(scorer: TorchScorer, sent: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,17 +33,25 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class StepNumbers:
     """What a step gives, once :meth:`wait` has returned: ``numbers [rows, width, 1 + n]`` (value logit, bin log-probs;
-    float64), and expected utilities ``means [rows, width]`` (float32) where these were asked for. ``kept [2, layers,
-    rows x width, kv_heads, head_dim]``: keys and values of all candidates, of which a row owns ``width`` places."""
+    float64), and expected utilities ``means [rows, width]`` (float32) where these were asked for. A row owns ``width``
+    places of ``kept``."""
 
     numbers: NDArray[np.float64]
     means: NDArray[np.float32] | None
-    kept: torch.Tensor
     width: int
     done: torch.cuda.Event | None
+    buffer: torch.Tensor  # of the graph, which its next replay fills anew
+    copied: torch.Tensor | None = None
+
+    def kept(self) -> torch.Tensor:
+        """Keys and values of all candidates ``[2, layers, rows x width, kv_heads, head_dim]``, in memory of their own:
+        copied when they are first asked for, since no answer waits for them, or before the graph's next replay."""
+        if self.copied is None:
+            self.copied = self.buffer.clone()
+        return self.copied
 
     def wait(self) -> None:
         """Until the numbers are there."""
@@ -127,6 +136,7 @@ class _StepGraph:
             self.host_utilities,
         ) = (x.numpy() for x in views(self.sent))
         self.written: list[Sequence[int]] = [()] * rows  # the blocks that stand in the host's buffer
+        self.last: weakref.ref[StepNumbers] | None = None  # whose keys and values stand in ``kept``
         shape = pool.shape
         self.kept = torch.zeros(
             2, shape.layers, rows * width, shape.kv_heads, shape.head_dim, dtype=pool.dtype, device=device
@@ -180,6 +190,8 @@ class _StepGraph:
             if self.written[row] is not own:
                 self.host_tables[row, : len(own)] = own
                 self.written[row] = own
+        if self.last is not None and (last := self.last()) is not None:
+            last.kept()  # somebody may still ask for it
         self.step()
         try:
             # Memory of its own for each step, which its states keep as long as they like: the host copies nothing.
@@ -192,10 +204,12 @@ class _StepGraph:
                 means.view(-1).copy_(self.means, non_blocking=True)
             if self.done is not None:
                 self.done.record()
-            # The next replay fills the buffer anew, and states keep what they were scored with. Nobody waits for this.
-            kept = self.kept.clone()
         except BaseException:
             if on_gpu:  # or the next step's inputs could be written while this one still reads its own
                 torch.cuda.synchronize(self.pool.device)
             raise
-        return StepNumbers(received.numpy(), None if means is None else means.numpy(), kept, self.width, self.done)
+        found = StepNumbers(
+            received.numpy(), None if means is None else means.numpy(), self.width, self.done, self.kept
+        )
+        self.last = weakref.ref(found)
+        return found

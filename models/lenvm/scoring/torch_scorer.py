@@ -573,7 +573,7 @@ class TorchScorer:
         step: StepNumbers,
     ) -> list[TorchState]:
         """The new states, each with what it was scored with: views of numbers, which need not be there yet."""
-        capture, has_bins = Capture(step.kept[0], step.kept[1]), self.bins is not None
+        capture, has_bins = Capture(*step.kept()), self.bins is not None
         capture.addresses()  # asked for now, and not when the next step waits for it
         rows, width = len(held), step.numbers.shape[1]
         all_logits, all_bins = list(step.numbers[:rows, :, 0]), list(step.numbers[:rows, :, 1:])
