@@ -657,3 +657,160 @@ def test_a_model_that_does_not_load(runner: Runner) -> None:
     assert not batcher.ready
     with pytest.raises(NotReadyError):
         asyncio.run(batcher.submit([job(1)]))
+
+
+class TestAtOnce:
+    """A short job on the thread of the event loop that asks."""
+
+    @pytest.fixture
+    def short(self, runner: Runner) -> Iterator[tuple[Batcher, list[str]]]:
+        events: list[str] = []
+
+        def where() -> str:
+            return "here" if threading.current_thread() is threading.main_thread() else "there"
+
+        def run_short(job: Any) -> Result | None:
+            token = job.prefix.token_ids[0]
+            if token == 13:
+                raise RuntimeError("the device fell over")
+            if token < 0:
+                return None
+            events.append(f"answered {where()}")
+            return {"id": token}
+
+        def run(jobs: Sequence[Any]) -> list[Result]:
+            events.append(f"ran {where()}")
+            return runner.run(jobs)
+
+        batcher = Batcher(
+            run,
+            lambda job: Cost(len(job.prefix.token_ids)),  # type: ignore[union-attr]
+            finish=lambda: events.append(f"finished {where()}"),
+            check=runner.check,
+            run_short=run_short,
+        )
+        batcher.start()
+        until(lambda: batcher.state == "ready")
+        at_a_rate_of(batcher, 1e6)
+        yield batcher, events
+        runner.gate.set()
+        batcher.close()
+
+    def test_who_asks_alone_is_answered_here_and_the_rest_is_done_there(self, short: Any) -> None:
+        batcher, events = short
+
+        async def ask() -> Any:
+            reply = batcher.at_once(job(7))
+            assert events == ["answered here"]  # nobody waits for what comes after
+            await asyncio.to_thread(until, lambda: len(events) == 2)
+            return reply
+
+        reply = asyncio.run(ask())
+        assert reply.results == [{"id": 7}]
+        assert (reply.queue_ms, reply.inference_ms > 0) == (0.0, True)
+        assert events == ["answered here", "finished there"]
+
+    @pytest.mark.parametrize("why", ["slow", "unknown rate", "closed", "not short", "recovering"])
+    def test_what_is_to_be_submitted(self, short: Any, why: str) -> None:
+        batcher, events = short
+        asked = job(-7) if why == "not short" else job(7)
+        if why in ("slow", "unknown rate"):
+            batcher._tokens_per_s = 10.0 if why == "slow" else None
+        elif why == "closed":
+            batcher.close()
+        elif why == "recovering":
+            batcher.state = "recovering"
+
+        async def ask() -> Any:
+            return batcher.at_once(asked)
+
+        assert asyncio.run(ask()) is None
+        assert not any(event.startswith("answered") for event in events)
+
+    def test_not_beside_a_batch_in_hand(self, short: Any, runner: Runner) -> None:
+        batcher, events = short
+
+        async def ask() -> Any:
+            other = await held(runner, batcher)
+            first = batcher.at_once(job(7))
+            runner.gate.set()
+            await other
+            await asyncio.sleep(0.15)  # until nobody else asks
+            return first, batcher.at_once(job(8))
+
+        first, second = asyncio.run(ask())
+        assert first is None
+        assert second.results == [{"id": 8}]
+        assert events[0] == "ran there"
+
+    def test_callers_who_follow_closely_share_batches_for_a_while(self, short: Any) -> None:
+        batcher, _ = short
+
+        async def ask() -> Any:
+            found = [batcher.at_once(job(7)), batcher.at_once(job(8))]
+            await asyncio.sleep(0.02)
+            found.append(batcher.at_once(job(9)))
+            await asyncio.sleep(0.12)
+            found.append(batcher.at_once(job(10)))
+            return found
+
+        first, close, soon, later = asyncio.run(ask())
+        assert (first.results, later.results) == ([{"id": 7}], [{"id": 10}])
+        assert (close, soon) == (None, None)
+
+    def test_what_fails_here_is_contained_there(self, short: Any, caplog: pytest.LogCaptureFixture) -> None:
+        batcher, events = short
+
+        async def ask() -> Any:
+            assert batcher.at_once(job(13)) is None
+            return (await batcher.submit([job(13)])).results, batcher.at_once(job(7))
+
+        results, _ = asyncio.run(ask())
+        assert results == [{"id": 13}]
+        assert "tried again" in caplog.text
+        assert events[0] == "ran there"
+
+    def test_answers_here_and_there_at_once_are_each_their_own(self, short: Any) -> None:
+        """Two event loops and the thread, as fast as they can: nothing is lost and no two are in the core together."""
+        batcher, _ = short
+        inside, worst = [0], [0]
+        run, run_short = batcher._run, batcher._run_short
+
+        def watched(call: Any) -> Any:
+            def of(*given: Any) -> Any:
+                inside[0] += 1
+                worst[0] = max(worst[0], inside[0])
+                time.sleep(0.0002)
+                try:
+                    return call(*given)
+                finally:
+                    inside[0] -= 1
+
+            return of
+
+        batcher._run, batcher._run_short, batcher._finish = watched(run), watched(run_short), watched(lambda: None)
+        here = [0]
+
+        async def ask(first: int) -> None:
+            for token in range(first, first + 150):
+                reply = batcher.at_once(job(token))
+                here[0] += reply is not None
+                if reply is None:
+                    reply = await batcher.submit([job(token)])
+                assert reply.results == [{"id": token}]
+                batcher._shared_until = 0.0  # as if it were somebody's only loop
+                await asyncio.sleep(0.003 if token % 3 else 0.0)
+
+        threads = [threading.Thread(target=lambda first=first: asyncio.run(ask(first))) for first in (1000, 2000)]
+        failed: list[Any] = []
+        hook, threading.excepthook = threading.excepthook, failed.append
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+        finally:
+            threading.excepthook = hook
+        assert not failed
+        assert worst == [1]
+        assert 0 < here[0] < 300

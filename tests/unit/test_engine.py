@@ -14,6 +14,7 @@ import pytest
 
 from lenvm.errors import ArtifactError, InvalidRequestError
 from lenvm.guidance import Objective
+from lenvm.scoring.step_graph import StepGraphs
 from lenvm_service.engine import CandidateJob, Engine, EngineOptions, PredictJob, Prefix, TokenScoreJob
 from lenvm_service.engine.jobs import StepJob
 from lenvm_service.errors import InternalError, PrefixUnknownError
@@ -259,6 +260,38 @@ class TestSteps:
         until(lambda: sample(metrics, "lenvm_rows_total", kind="candidates", outcome="ok") == 3 + 3 + 2)
         assert sample(metrics, "lenvm_rows_total", kind="candidates", outcome="prefix_unknown") == 1
         until(lambda: sample(metrics, "lenvm_batch_rows_sum") == 3 + 3 + 3)
+        until(lambda: sample(metrics, "lenvm_sessions") == len(steps.core.sessions) == 6)
+
+    @pytest.mark.parametrize("recorded", [True, False])
+    def test_a_caller_who_is_alone_is_answered_without_a_change_of_threads(
+        self, steps: Engine, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, recorded: bool
+    ) -> None:
+        """Where the graph is there; recording one takes a second, for which an event loop must not stand still."""
+        threads: list[bool] = []
+        launch = StepGraphs.launch
+
+        def launched(self: StepGraphs, *given: Any) -> Any:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return launch(self, *given)
+
+        monkeypatch.setattr(StepGraphs, "launch", launched)
+
+        async def ask() -> list[Any]:
+            job, found = await self.begun(steps), []
+            for _ in range(2):
+                if not recorded:
+                    steps.core.scorer._steps._graphs.clear()  # type: ignore[attr-defined]
+                steps.batcher._tokens_per_s, steps.batcher._shared_until = 1e6, 0.0  # as on a GPU
+                await asyncio.sleep(0.01)
+                found += (await steps.submit([job])).results
+            return found
+
+        first, second = asyncio.run(ask())
+        assert first["errors"] == {} == second["errors"]
+        assert first["columns"]["log_weights"] == second["columns"]["log_weights"]
+        assert threads == [False, recorded]  # the first one records
+        until(lambda: sample(metrics, "lenvm_rows_total", kind="candidates", outcome="ok") == 9)
+        until(lambda: sample(metrics, "lenvm_batch_rows_sum") == 9)
         until(lambda: sample(metrics, "lenvm_sessions") == len(steps.core.sessions) == 6)
 
     def test_a_step_that_fails_as_a_whole_is_asked_again_row_by_row(
