@@ -18,11 +18,13 @@ from lenvm_client import (
     CandidateInput,
     CandidateScores,
     Client,
+    GuidedDecoder,
+    GuidedRow,
     InvalidRequestError,
     MockTransport,
     RowError,
 )
-from lenvm_client._columns import step_call
+from lenvm_client._columns import StepAnswers, StepRows, step_call
 from lenvm_service.api import create_app
 from lenvm_service.metrics import Metrics
 from lenvm_service.settings import Settings
@@ -256,3 +258,100 @@ def test_a_stand_in_that_answers_rows_is_read() -> None:
     assert (first.log_weights, second.log_weights) == ((0.0, 1.0, 2.0), (3.0, 4.0))
     with pytest.raises(BadAnswerError):
         ask({"model": "m", "scores": rows[::-1]})
+
+
+class TestSideBySide:
+    """A decoder's rows as columns from the start: what goes out and comes back is what it is row by row."""
+
+    @staticmethod
+    def decoded(transport: MockTransport, *, side: bool, **changed: Any) -> tuple[list[Any], list[Any], str]:
+        """Bodies, answers and the report of five steps of three rows."""
+        found, prefixes = [], [[5, 6, 7], [8, 9], [4, 4, 4, 4]]
+        with Client(transport=transport, max_retries=0) as client:
+            decoder = GuidedDecoder(client, [2], on_error="raise", **changed.pop("decoder", {}))
+            if not side:
+                decoder._step_rows = lambda rows: None  # type: ignore[method-assign]
+            last: list[Any] = [None] * 3
+            for step in range(5):
+                rows = [
+                    GuidedRow(
+                        prefix=list(prefix), candidates=[20 + step, 11, 12], logprobs=[-1.0, -2.0, -0.5 * step - 1.0],
+                        generated=step, objective=WANTED, eos_logprobs={2: -4.0}, after=after, **changed,
+                    )
+                    for prefix, after in zip(prefixes, last, strict=True)
+                ]  # fmt: skip
+                last = decoder.step(rows)
+                found.append(last)
+                for prefix in prefixes:
+                    prefix.append(11)
+            report = decoder.report(
+                [GuidedRow(prefix=prefix, generated=5, objective=WANTED, **changed) for prefix in prefixes]
+            )
+        return [request.body for request in transport.requests], found, str(report.rows)
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {},
+            {"objective": {"kind": "equal_to", "target": 9, "method": "paper"}},
+            {"objective": {"kind": "at_most", "target": 9, "min_eos_prob": 0.1}},
+            {"end_ids": (2, 3)},
+            {"decoder": {"max_batch_rows": 2}},
+            {"decoder": {"max_body_bytes": 1500}},
+        ],
+        ids=["plain", "paper", "bounded", "own ends", "few rows", "few bytes"],
+    )
+    def test_the_same_as_row_by_row(self, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(globals(), "WANTED", changed.pop("objective", WANTED))
+        asked, by_rows = MockTransport(), MockTransport()
+        found, wanted = self.decoded(asked, side=True, **changed), self.decoded(by_rows, side=False, **changed)
+        assert found == wanted
+        assert any("columns" in body for body in found[0])
+
+    def test_a_row_s_error_costs_its_neighbours_nothing(self) -> None:
+        def once() -> Any:
+            calls = 0
+
+            def answered(request: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls != 3:
+                    return None
+                columns = {
+                    "prefix_tokens": [5, None, 6], "cached_tokens": [5, None, 6], "value": [-0.5, None, -0.25],
+                    "horizon": [3.0, None, 2.0], "log_weights": [[0.0, -1.0, 0.5, 0.25], None, [1.0, 2.0, 3.0, 4.0]],
+                    "session": ["s-x", None, "s-z"], "objective": [None] * 3,
+                }  # fmt: skip
+                error = {"type": "prefix_unknown", "message": "gone", "code": "prefix_unknown", "param": "session"}
+                return httpx2.Response(
+                    200, json={"model": "m", "columns": columns, "errors": [{"index": 1, "error": error}]}
+                )
+
+            return answered
+
+        found, wanted = (self.decoded(MockTransport({"/score": once()}), side=side) for side in (True, False))
+        assert found == wanted
+        assert [row.log_weights[:2] for row in found[1][2]][::2] == [(0.0, -1.0), (1.0, 2.0)]
+        resent = found[0][3]  # the row whose session is gone, whole
+        assert [len(row["token_ids"]) for row in resent["inputs"]] == [4]
+
+    def test_an_older_service_gets_rows_and_what_is_no_answer_is_told(self) -> None:
+        transport = MockTransport({"/score": TestOldServices.old})
+        found, wanted = self.decoded(transport, side=True), self.decoded(MockTransport(), side=False)
+        assert found[1:] == wanted[1:]
+        assert ["columns" in body for body in found[0]] == [False, True, *[False] * 4]
+        bad = MockTransport({"/score": lambda request: answer() if "columns" in request.body else None})
+        with pytest.raises(BadAnswerError, match="3 inputs were sent"):
+            self.decoded(bad, side=True)
+
+    def test_as_sequences(self) -> None:
+        side = StepRows.of([ROW, OTHER])
+        assert side is not None
+        assert list(side) == [replace(ROW, eos_ids=[2]), replace(OTHER, eos_ids=[2])] == side[:2]
+        assert StepRows.of(side) is side
+        call = step_call(side, {})
+        assert call is not None
+        found = call._decoded(answer())
+        assert isinstance(found, StepAnswers)
+        assert list(found) == ask(answer()) == found[:]
+        assert found[1] == ask(answer())[1]
