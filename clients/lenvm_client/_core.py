@@ -280,26 +280,44 @@ class Core:
         return list(batches)
 
     def _step_rows(self, rows: Sequence[Live]) -> StepRows | None:
-        """The rows side by side where each goes on from one that was answered, and all want the same, as in nearly
-        every step of a generation; None for others, and for more than one call holds."""
-        objective, own_ends = rows[0].row.objective, rows[0].row.end_ids
-        if objective is None or objective.get("kind") == "scale" or "unit" in objective:
+        """The rows side by side where each goes on from a known session by one token, as in nearly every step of a
+        generation; None for others, and for more than one call holds."""
+        first = rows[0].row
+        objective, reads, ends = first.objective, _reads_logprobs(first.objective), self._ends(first)
+        if not _is_plain(objective):
             return None
         sessions, appended, generated = list[str](), list[Sequence[int]](), list[int]()
         for x in rows:
-            row, before = x.row, x.before
-            if before is None or x.resent or row.objective is not objective or row.end_ids is not own_ends:
+            row = x.row
+            if row.objective is not objective and (
+                not _is_plain(row.objective) or _reads_logprobs(row.objective) != reads
+            ):
                 return None
-            sessions.append(before.session)
-            appended.append(row.prefix[-1:])
+            session = None if x.resent else self._session_before(x)
+            if session is None or (row.end_ids is not first.end_ids and self._ends(row) != ends):
+                return None
+            sessions.append(session)
+            appended.append((int(row.prefix[-1]),))
             generated.append(row.generated)
-            x.used = before.digest
-        candidates, ends = list[Sequence[int]](x.ids for x in rows), self._ends(rows[0].row)
+        candidates = list[Sequence[int]](x.ids for x in rows)
         bytes_ = len(rows) * 512 + 8 * len(ends) + 40 * sum(map(len, candidates))  # an upper guess
         if len(rows) > self.max_batch_rows or bytes_ > self.max_body_bytes:
             return None
-        logprobs = list[Sequence[float]](x.logprobs for x in rows) if _reads_logprobs(objective) else None
-        return StepRows(sessions, appended, candidates, generated, [objective] * len(rows), ends, logprobs)
+        logprobs = list[Sequence[float]](x.logprobs for x in rows) if reads else None
+        return StepRows(sessions, appended, candidates, generated, [x.row.objective for x in rows], ends, logprobs)
+
+    def _session_before(self, x: Live) -> str | None:
+        """The session of the prefix without its last token, noted as used; None where another serves the row better or
+        none is known."""
+        if x.before is not None:
+            x.used = x.before.digest
+            return x.before.session
+        self._keep_sessions()
+        session = self._sessions.get(x.parent)
+        if session is None or x.digest in self._sessions:
+            return None
+        x.used = x.parent
+        return session
 
     def _view(self, x: Live) -> View:
         """The row as it is asked about, and the digests of its prefix."""
@@ -320,17 +338,9 @@ class Core:
         """What nearly every row of a generation asks for: its own candidates, after the one token that its parent's
         session lacks. None for any other row."""
         row, objective = x.row, x.row.objective
-        if objective is None or x.resent or objective.get("kind") == "scale" or "unit" in objective:
+        session = self._session_before(x) if _is_plain(objective) and not x.resent else None
+        if session is None:
             return None
-        if x.before is not None:
-            session: str | None = x.before.session
-            x.used = x.before.digest
-        else:
-            self._keep_sessions()
-            session = self._sessions.get(x.parent)
-            if session is None or x.digest in self._sessions:
-                return None
-            x.used = x.parent
         asked = object.__new__(CandidateInput)
         asked.__dict__.update(
             _NOTHING_ASKED,
@@ -504,6 +514,11 @@ def _plain_chances(row: GuidedRow) -> tuple[tuple[int, ...], tuple[float, ...]] 
 def _are_finite(numbers: Sequence[float]) -> bool:
     """No sum is finite that holds what is not; where finite numbers have none, each is looked at."""
     return math.isfinite(sum(numbers)) or all(map(math.isfinite, numbers))
+
+
+def _is_plain(objective: Mapping[str, Any] | None) -> bool:
+    """Whether it is sent as it is, and answered by log-weights alone."""
+    return objective is not None and objective.get("kind") != "scale" and "unit" not in objective
 
 
 def _reads_logprobs(objective: Mapping[str, Any] | None) -> bool:

@@ -267,16 +267,21 @@ class TestSideBySide:
     def decoded(transport: MockTransport, *, side: bool, **changed: Any) -> tuple[list[Any], list[Any], str]:
         """Bodies, answers and the report of five steps of three rows."""
         found, prefixes = [], [[5, 6, 7], [8, 9], [4, 4, 4, 4]]
+        named, own = changed.pop("named", True), changed.pop("own", False)
+        fits = "decoder" not in changed
         with Client(transport=transport, max_retries=0) as client:
             decoder = GuidedDecoder(client, [2], on_error="raise", **changed.pop("decoder", {}))
-            if not side:
-                decoder._step_rows = lambda rows: None  # type: ignore[method-assign]
+            step_rows, made = decoder._step_rows, list[Any]()
+            decoder._step_rows = (  # type: ignore[method-assign]
+                lambda rows: made.append(step_rows(rows)) or made[-1] if side else None  # type: ignore[func-returns-value]
+            )
             last: list[Any] = [None] * 3
             for step in range(5):
                 rows = [
                     GuidedRow(
                         prefix=list(prefix), candidates=[20 + step, 11, 12], logprobs=[-1.0, -2.0, -0.5 * step - 1.0],
-                        generated=step, objective=WANTED, eos_logprobs={2: -4.0}, after=after, **changed,
+                        generated=step, objective=dict(WANTED) if own else WANTED, eos_logprobs={2: -4.0},
+                        after=after if named else None, **changed,
                     )
                     for prefix, after in zip(prefixes, last, strict=True)
                 ]  # fmt: skip
@@ -287,6 +292,7 @@ class TestSideBySide:
             report = decoder.report(
                 [GuidedRow(prefix=prefix, generated=5, objective=WANTED, **changed) for prefix in prefixes]
             )
+        assert [each is not None for each in made[1:]] == [fits] * (4 * side)
         return [request.body for request in transport.requests], found, str(report.rows)
 
     @pytest.mark.parametrize(
@@ -296,10 +302,12 @@ class TestSideBySide:
             {"objective": {"kind": "equal_to", "target": 9, "method": "paper"}},
             {"objective": {"kind": "at_most", "target": 9, "min_eos_prob": 0.1}},
             {"end_ids": (2, 3)},
+            {"named": False},
+            {"own": True},
             {"decoder": {"max_batch_rows": 2}},
             {"decoder": {"max_body_bytes": 1500}},
         ],
-        ids=["plain", "paper", "bounded", "own ends", "few rows", "few bytes"],
+        ids=["plain", "paper", "bounded", "own ends", "not named", "own objectives", "few rows", "few bytes"],
     )
     def test_the_same_as_row_by_row(self, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(globals(), "WANTED", changed.pop("objective", WANTED))
