@@ -17,7 +17,7 @@ from lenvm_client._types import CandidateInput, CandidateScores, RowError, Score
 from lenvm_client._wire import Call, candidate_scores, dump, dump_integers
 from lenvm_client.errors import BadAnswerError, InvalidRequestError
 
-__all__ = ["StepAnswers", "StepCall", "StepRows", "step_call"]
+__all__ = ["StepAnswers", "StepCall", "StepRows", "listed", "step_call"]
 
 Answers: TypeAlias = Sequence[CandidateScores | RowError]
 
@@ -59,8 +59,8 @@ class StepRows(Sequence[CandidateInput]):
         logprobs = [row.logprobs for row in rows]
         first = rows[0].eos_ids
         try:
-            eos_ids = _listed(first)
-            alike = all(row.eos_ids is first or _listed(row.eos_ids) == eos_ids for row in rows)
+            eos_ids = listed(first)
+            alike = all(row.eos_ids is first or listed(row.eos_ids) == eos_ids for row in rows)
         except TypeError:  # told of the row that it is in
             return None
         if (
@@ -98,8 +98,8 @@ class StepAnswers(Sequence["CandidateScores | RowError"]):
         return list(self)[at]
 
     def __iter__(self) -> Iterator[CandidateScores]:
-        listed = zip(*self.numbers, self.log_weights, self.sessions, strict=True)
-        for at, (count, held, value, horizon, weights, session) in enumerate(listed):
+        rows = zip(*self.numbers, self.log_weights, self.sessions, strict=True)
+        for at, (count, held, value, horizon, weights, session) in enumerate(rows):
             # What the __init__ of a frozen dataclass does, at once and not field by field.
             made = object.__new__(CandidateScores)
             made.__dict__.update(
@@ -111,7 +111,8 @@ class StepAnswers(Sequence["CandidateScores | RowError"]):
 
 @dataclass(frozen=True)
 class StepCall(Call[Answers]):
-    """A call of /score with columns; the answer comes back as rows."""
+    """A call of /score with columns. Its answer comes back as rows; of ``StepRows`` that all went well as
+    ``StepAnswers``."""
 
     inputs: Sequence[CandidateInput] = ()
 
@@ -173,7 +174,7 @@ def step_call(rows: Sequence[CandidateInput], options: Mapping[str, Any]) -> Ste
     return StepCall("POST", "/score", list, content, inputs=rows)
 
 
-def _listed(ids: Sequence[int] | None) -> list[int]:
+def listed(ids: Sequence[int] | None) -> list[int]:
     """As plain data: arrays do not compare as one."""
     return [] if ids is None else list(map(index, ids))
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from struct import Struct
 from typing import Any, Literal, TypeAlias
 
-from lenvm_client._columns import StepAnswers, StepRows
+from lenvm_client._columns import StepAnswers, StepRows, listed
 from lenvm_client._state import Lineage, Live, Mark, Recent, Record, Tally, digests, hashed, objective_key
 from lenvm_client._steps import GuidanceReport, GuidedRow, RowReport, WeightedRow, log_sum
 from lenvm_client._text import TextAdapter, View
@@ -304,7 +304,8 @@ class Core:
         if len(rows) > self.max_batch_rows or bytes_ > self.max_body_bytes:
             return None
         logprobs = list[Sequence[float]](x.logprobs for x in rows) if reads else None
-        return StepRows(sessions, appended, candidates, generated, [x.row.objective for x in rows], ends, logprobs)
+        objectives = [x.row.objective for x in rows]
+        return StepRows(sessions, appended, candidates, generated, objectives, listed(ends), logprobs)
 
     def _session_before(self, x: Live) -> str | None:
         """The session of the prefix without its last token, noted as used; None where another serves the row better or

@@ -323,7 +323,8 @@ class Client(Base):
     @property
     def _overlaps(self) -> bool:
         """Whether ``GuidedDecoder`` may call ``_score_overlapped``: a subclass may have its own call."""
-        return type(self).score_candidates is Client.score_candidates
+        own = type(self).score_candidates is not Client.score_candidates or "score_candidates" in self.__dict__
+        return not own
 
     def _score_overlapped(
         self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]

@@ -134,9 +134,7 @@ class GuidedDecoder(Core):
 
     @property
     def _side_by_side(self) -> bool:
-        if getattr(type(self.scorer), "_overlaps", None) is None:
-            return False
-        return self.scorer._overlaps and "score_candidates" not in getattr(self.scorer, "__dict__", ())
+        return hasattr(type(self.scorer), "_overlaps") and self.scorer._overlaps
 
     def step(self, rows: Sequence[GuidedRow], meanwhile: Callable[[], None] | None = None) -> list[WeightedRow]:
         """The rows' candidates with their log-weights, aligned with ``rows``; empty for finished rows. ``meanwhile`` is

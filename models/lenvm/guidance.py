@@ -35,6 +35,7 @@ __all__ = [
     "log_utility",
     "log_weights",
     "resolve_scale",
+    "shared_utility",
     "utility",
 ]
 

@@ -54,7 +54,7 @@ def _score(graph: _StepGraph, model: LengthValueModel, row: int, length: int) ->
     graph.numbers[place, 0] = head.logits.double()
     if head.bin_logprobs is not None:
         graph.numbers[place, 1:] = head.bin_logprobs.double()
-        graph.means[place] = (head.bin_logprobs.exp() * graph.utilities[row]).sum(-1)
+        graph.means[place] = (head.bin_logprobs.exp() * graph.utilities).sum(-1)
     graph.kept[0][:, place] = torch.stack(plan.captured_keys)
     graph.kept[1][:, place] = torch.stack(plan.captured_values)
 

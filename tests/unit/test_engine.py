@@ -8,16 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lenvm.errors import ArtifactError, InvalidRequestError
 from lenvm.guidance import Objective
-from lenvm.scoring.step_graph import StepGraphs
+from lenvm.scoring.step_graph import StepGraphs, StepNumbers
 from lenvm_service.engine import CandidateJob, Engine, EngineOptions, PredictJob, Prefix, TokenScoreJob
+from lenvm_service.engine import engine as engine_module
 from lenvm_service.engine.jobs import StepJob
-from lenvm_service.errors import InternalError, PrefixUnknownError
+from lenvm_service.engine.sharing import Asked
+from lenvm_service.errors import DeadlineExceededError, InternalError, PrefixUnknownError
 from lenvm_service.metrics import Metrics
 from tests.support.cpu_steps import compute_on_cpu, with_graphs
 
@@ -281,8 +284,8 @@ class TestSteps:
             for _ in range(2):
                 if not recorded:
                     steps.core.scorer._steps._graphs.clear()  # type: ignore[attr-defined]
-                steps.batcher._tokens_per_s, steps.batcher._shared_until = 1e6, 0.0  # as on a GPU
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.02)  # until the thread has done what it left
+                self.alone(steps)
                 found += (await steps.submit([job])).results
             return found
 
@@ -293,6 +296,90 @@ class TestSteps:
         until(lambda: sample(metrics, "lenvm_rows_total", kind="candidates", outcome="ok") == 9)
         until(lambda: sample(metrics, "lenvm_batch_rows_sum") == 9)
         until(lambda: sample(metrics, "lenvm_sessions") == len(steps.core.sessions) == 6)
+
+    @staticmethod
+    def alone(engine: Engine) -> None:
+        """As on a GPU whose one caller has waited for a moment."""
+        engine.batcher._tokens_per_s, engine.batcher._shared_until, engine.batcher._answered_at = 1e6, 0.0, 0.0
+
+    @staticmethod
+    def next_of(job: StepJob, columns: dict[str, Any]) -> StepJob:
+        generated = [count + 1 for count in job.generated]
+        appended = [ids[:1] for ids in job.candidates]
+        return replace(job, sessions=columns["session"], appended=appended, generated=generated)
+
+    def test_what_a_step_leaves_reaches_the_shared_tier_however_soon_the_next_one_comes(
+        self, steps: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        offered: list[str] = []
+        tier = SimpleNamespace(
+            offer_session=lambda chain, *_: offered.append(chain.handle),
+            takes_blocks=False,
+            costs=SimpleNamespace(computed=lambda *_: None),
+            took=lambda nbytes: None,
+            close=lambda: None,
+        )
+        steps.tier = tier  # type: ignore[assignment]
+
+        async def ask() -> list[str]:
+            # Nothing is looked up: every session is held.
+            monkeypatch.setattr(engine_module, "ask_shared", asked)
+            monkeypatch.setattr(steps.batcher, "_nudge", lambda: None)  # the thread is slow to come
+            job, handles = await self.begun(steps), list[str]()
+            for at in range(6):
+                if at % 2:
+                    await asyncio.sleep(0.3)  # the sessions are there, so that the step is answered at once
+                self.alone(steps)
+                (found,) = (await steps.submit([job])).results
+                assert isinstance(found, dict)
+                handles += found["columns"]["session"]
+                job = self.next_of(job, found["columns"])
+            return handles
+
+        async def asked(core: Any, tier: Any, jobs: Any, deadline: Any) -> Asked:
+            return Asked(list(jobs))
+
+        handles = asyncio.run(ask())
+        until(lambda: set(handles) <= set(offered))
+
+    @pytest.mark.parametrize("memory", [True, False])
+    def test_states_that_cannot_be_kept_fail_nobody_else(
+        self, steps: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: bool
+    ) -> None:
+        kept = StepNumbers.kept
+        broken = [True]
+
+        def failing(self: StepNumbers) -> Any:
+            if broken[0]:
+                broken[0] = False
+                raise MemoryError if memory else RuntimeError("the device fell over")
+            return kept(self)
+
+        monkeypatch.setattr(StepNumbers, "kept", failing)
+        budget = steps.batcher._budget
+
+        async def ask() -> list[Any]:
+            job = await self.begun(steps)
+            replies = [await steps.submit([job]), await steps.submit([PredictJob(Prefix([5, 6, 9]))])]
+            replies.append(await steps.submit([await self.begun(steps)]))
+            return [reply.results[0] for reply in replies]
+
+        first, other, again = asyncio.run(ask())
+        assert first["errors"] == {} == again["errors"]
+        assert other["mean"] > 0
+        assert "could not be kept" in caplog.text
+        assert (steps.state, steps.batcher._budget) == ("ready", budget)
+
+    def test_a_deadline_that_has_passed(self, steps: Engine) -> None:
+        async def ask() -> None:
+            job = await self.begun(steps)
+            await steps.submit([job])
+            await asyncio.sleep(0.02)
+            self.alone(steps)
+            await steps.submit([job], deadline=time.monotonic() - 1.0)
+
+        with pytest.raises(DeadlineExceededError):
+            asyncio.run(ask())
 
     def test_a_step_that_fails_as_a_whole_is_asked_again_row_by_row(
         self, steps: Engine, monkeypatch: pytest.MonkeyPatch

@@ -495,6 +495,7 @@ def test_what_is_left_for_the_shared_tier_is_copied_bit_by_bit(
     blocks = core.prefixes.root().extend(text).blocks
     held = core.scorer.dump([core.prefixes.blocks.get(block.key) for block in blocks])
     rounds = 1
+    sharing.offer_shared(core, tier)  # type: ignore[arg-type]
     while sharing.leave_shared(core, tier):  # type: ignore[arg-type]
         rounds += 1
         assert len(tier.blocks) == sharing._COPIED * (rounds - 1)
@@ -505,6 +506,7 @@ def test_what_is_left_for_the_shared_tier_is_copied_bit_by_bit(
     # What comes in between goes behind it; what nobody takes is forgotten.
     one(core, PredictJob(Prefix(ids(30, 330))))
     tier.takes_blocks = False
+    sharing.offer_shared(core, tier)  # type: ignore[arg-type]
     assert not sharing.leave_shared(core, tier)  # type: ignore[arg-type]
     assert len(tier.blocks) == 10
     assert not core.prefixes.unshared

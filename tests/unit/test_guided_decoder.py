@@ -897,11 +897,13 @@ class TestAfter:
 class Overlapped(FakeScorer):
     """As a ``Client``: what the decoder has still to do is done before the answer is read."""
 
-    _overlaps = True
-
     def __init__(self) -> None:
         super().__init__()
         self.overlapped = 0
+
+    @property
+    def _overlaps(self) -> bool:
+        return "score_candidates" not in self.__dict__
 
     def _score_overlapped(self, rows: Sequence[CandidateInput], meanwhile: Any) -> list[CandidateScores | RowError]:
         if self.overlapped % 3 != 2:  # another transport would not call it

@@ -81,13 +81,13 @@ for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64
 
     bins = LengthBins(cap=100)
     for made in (HeadConfig(24, bins), HeadConfig(400, bins), HeadConfig(24, None), HeadConfig(0, bins)):
-        head, states, out = ValueHead(dim, made), torch.randn(39, dim), torch.zeros(39, 1 + made.num_bins)
-        utilities, means = torch.rand(13, made.num_bins) if made.num_bins else None, torch.zeros(39)
+        head, states, out = ValueHead(dim, made), torch.randn(37, dim), torch.zeros(37, 1 + made.num_bins)
+        utilities, means = torch.rand(made.num_bins) if made.num_bins else None, torch.zeros(37)
         with torch.no_grad():
             StepHead(head, torch.float32)(states, out, utilities, means)
             want = head(states)
         if utilities is not None:
-            expected = (want.bin_logprobs.exp() * utilities.repeat_interleave(3, 0)).sum(-1)
+            expected = (want.bin_logprobs.exp() * utilities).sum(-1)
             torch.testing.assert_close(means, expected, atol=1e-6, rtol=1e-5)
         parts = [want.logits[:, None]] + ([] if want.bin_logprobs is None else [want.bin_logprobs])
         torch.testing.assert_close(out, torch.cat(parts, 1), atol=2e-6, rtol=1e-5)

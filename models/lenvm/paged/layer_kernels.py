@@ -360,7 +360,7 @@ def _head_kernel(
 
 @triton.jit
 def _head_end_kernel(part_ptr, bias_ptr, out_ptr, utility_ptr, mean_ptr, M, COUNT: tl.constexpr, SHARES: tl.constexpr,
-                     WIDTH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+                     MEANS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One program per tile of tokens: the shares together."""
     if EARLY:
         gdc_wait()
@@ -377,10 +377,11 @@ def _head_end_kernel(part_ptr, bias_ptr, out_ptr, utility_ptr, mean_ptr, M, COUN
     norm = peak + tl.log(tl.sum(tl.exp(bins - peak[:, None]), 1))
     acc = tl.where((c > 0)[None, :], acc - norm[:, None], acc)
     tl.store(out_ptr + m[:, None] * COUNT + c[None, :], acc, mask=real)
-    if WIDTH > 0:
-        bin = real & (c > 0)[None, :]
-        utility = tl.load(utility_ptr + (m // WIDTH)[:, None] * (COUNT - 1) + c[None, :] - 1, mask=bin, other=0.0)
-        tl.store(mean_ptr + m, tl.sum(tl.where(bin, tl.exp(acc), 0.0) * utility, 1), mask=m < M)
+    if MEANS:
+        bin = (c > 0) & (c < COUNT)
+        utility = tl.load(utility_ptr + c - 1, mask=bin, other=0.0)
+        mean = tl.sum(tl.where(bin[None, :], tl.exp(acc), 0.0) * utility[None, :], 1)
+        tl.store(mean_ptr + m, mean, mask=m < M)
 
 
 def head_numbers(
@@ -394,7 +395,7 @@ def head_numbers(
 ) -> None:
     """The value head from its first product on, in float32: ``first [N, parts x width]`` (summed over the parts),
     ``weight [1 + n, width]`` -> value logits and log-probabilities of bins in ``out [N, 1 + n]``; with float32
-    ``utilities [R, n]`` of bins also each token's expected utility, in ``means [N]``: row r owns N / R tokens."""
+    ``utilities [n]`` of bins also each token's expected utility, in ``means [N]``."""
     tokens, (count, width) = len(first), weight.shape
     cut, early = _HEAD, launches_early(first.device)
     depth = min(cut.depth, max(16, triton.next_power_of_2(width)))
@@ -408,6 +409,6 @@ def head_numbers(
     )  # fmt: skip
     _head_end_kernel[(triton.cdiv(tokens, 4),)](
         parts, bias, out, utilities, means, tokens, COUNT=count, SHARES=shares,
-        WIDTH=0 if utilities is None else tokens // len(utilities), BM=4, BC=columns, EARLY=early, num_warps=4,
+        MEANS=utilities is not None, BM=4, BC=columns, EARLY=early, num_warps=4,
         **launch_options(first.device),
     )  # fmt: skip

@@ -120,7 +120,7 @@ class PoolCounts(Protocol):
 
 
 class Scorer(Protocol):
-    """An engine for one model. Not thread-safe: one thread owns it."""
+    """An engine for one model. Not thread-safe: one thread at a time has it."""
 
     stats: ScorerStats
 

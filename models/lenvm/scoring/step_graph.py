@@ -115,9 +115,9 @@ class _StepGraph:
         # Less to copy where no prefix is long.
         columns = pool.blocks_for(steps.model.context if long else min(SHORT, steps.model.context))
         bins = steps.model.config.head.num_bins
-        # One buffer and one copy from the host: promotions, then lengths of prefixes, candidates, blocks, and utilities
-        # of bins, all rows of each together.
-        shapes = ((rows, 5), (rows,), (rows, width), (rows, columns), (rows, bins))
+        # One buffer and one copy from the host: promotions, lengths of prefixes, candidates, blocks (all rows of each
+        # together) and utilities of bins.
+        shapes = ((rows, 5), (rows,), (rows, width), (rows, columns), (bins,))
         kinds = (torch.int64, torch.int32, torch.int32, torch.int32, torch.float32)
         sizes = [math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)]
         self.sent = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
@@ -184,7 +184,7 @@ class _StepGraph:
                 self.host_ids[row, :count] = ids[at : at + count]
                 at += count
         if utilities is not None:
-            self.host_utilities[:rows] = utilities
+            self.host_utilities[:] = utilities
         for row, own in enumerate(blocks):
             # States of one sequence share the list until they need one more block.
             if self.written[row] is not own:
@@ -200,7 +200,7 @@ class _StepGraph:
             received.view(self.numbers.shape).copy_(self.numbers, non_blocking=True)
             means = None
             if utilities is not None:
-                means = torch.empty(shape[:2], pin_memory=on_gpu)
+                means = torch.empty(shape[:2], dtype=torch.float32, pin_memory=on_gpu)
                 means.view(-1).copy_(self.means, non_blocking=True)
             if self.done is not None:
                 self.done.record()

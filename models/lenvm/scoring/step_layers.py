@@ -155,7 +155,7 @@ class StepLayers:
 
 class StepHead:
     """The value head over states: from ``[N, hidden]`` value logits and log-probabilities into ``[N, 1 + n]``. With
-    ``utilities [R, n]`` of bins also each token's expected utility into ``means [N]``: row r owns N / R tokens.
+    ``utilities [n]`` of bins also each token's expected utility into ``means [N]``.
 
     bfloat16 states take the first product on the matrix units, as exact as in float32: a float32 weight is the sum of
     three bfloat16 ones.
@@ -187,8 +187,7 @@ class StepHead:
             if found.bin_logprobs is not None:
                 out[:, 1:] = found.bin_logprobs
                 if utilities is not None and means is not None:
-                    of_token = utilities.repeat_interleave(len(hidden) // len(utilities), 0)
-                    means.copy_((found.bin_logprobs.exp() * of_token).sum(-1))
+                    means.copy_((found.bin_logprobs.exp() * utilities).sum(-1))
             return
         from lenvm.paged.layer_kernels import head_numbers
 

@@ -43,8 +43,9 @@ def _is_whole(row: ScoreRow) -> bool:
     return row.state is None and row.values_from is None and not len(row.candidates)
 
 
-def _length(state: PrefixState | None) -> int:
-    return 0 if state is None else state.length
+def _longest(before: Sequence[PrefixState | None], appended: Sequence[Sequence[int]]) -> int:
+    """Tokens of the longest prefix, with what is appended to it."""
+    return max((0 if state is None else state.length) + len(new) for state, new in zip(before, appended, strict=True))
 
 
 class _Promotion(NamedTuple):
@@ -484,10 +485,10 @@ class TorchScorer:
     ) -> StepScores | None:
         """A decoding step by one graph: each row has a state, at most one more token, which is among the candidates
         that the state was scored with, and candidates: ``counts[row]`` of ``ids``, all rows' one after another. None
-        for any other call, or where this GPU or driver would not record the step (for good). ``meanwhile`` is called
-        with the answer while the device is at work: its numbers are not there yet. ``utilities [n]``: of each bin, for
-        ``StepScores.means``. ``record`` False: None also where
-        the graph is not there yet, whose recording takes a second or so.
+        for any other call, or where this GPU or driver would not record the step (for good); with ``record`` False also
+        where the graph is not there yet, whose recording takes a second or so. ``meanwhile`` is called with the answer
+        while the device is at work: its numbers are not there yet. ``utilities [n]``: of each bin, for
+        ``StepScores.means``.
 
         The device waits for this, so that it does in one loop what must be known before the launch, and no more.
         Raises PoolExhaustedError."""
@@ -496,7 +497,7 @@ class TorchScorer:
             return None
         if ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
             return None
-        if not record and not steps.recorded(len(counts), max(counts), max(map(_length, before), default=0) + 1):
+        if not record and not steps.recorded(len(counts), max(counts), _longest(before, appended)):
             return None
         copies: list[tuple[int, int]] = []
         held, lengths, chosen, sources = [], [], list[tuple[Scored, int] | None](), list[int]()

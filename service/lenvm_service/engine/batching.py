@@ -2,7 +2,7 @@
 
 A batch that raises is tried again in halves until the row that makes it fail stands alone: that row gets a typed error,
 its neighbours their answers. After each failure the thread checks itself (the caller's ``check``) before it takes work
-again. Nothing ends it but ``close``.
+again. Nothing ends it but ``close``. A short job of somebody who asks alone needs no thread: ``Batcher.at_once``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lenvm_service.errors import (
 if TYPE_CHECKING:
     from lenvm_service.tracing import Tracing
 
-__all__ = ["Batcher"]
+__all__ = ["Batcher", "is_out_of_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ _GIVE_WAY_S = 0.0005
 _AT_ONCE_S = 0.005  # what takes longer must not keep an event loop from its other callers
 _APART_S = 0.002  # requests that come sooner after an answer are of several callers, whom one batch serves together
 _SHARED_S = 0.1
+_SLOW_S = 1.0
 _MAX_CHECK_PAUSE_S = 5.0
 _LEAST_BATCH = 128  # tokens: a rate that was measured on less says little
 _LEAST_BUDGET = 16  # of the budget: a sixteenth is tried even where memory runs out again and again
@@ -56,7 +57,7 @@ class Batcher:
         finish: called on the thread after a batch's answers were handed out: work that nobody waits for. While it gives
             True, there is more of it, and it is called again as soon as nothing waits.
         relieve: called on the thread when memory ran out, before the batch is tried again in parts.
-        run_short: answers one job that takes milliseconds, or gives None with nothing done: see :meth:`at_once`.
+        run_short: answers one job that takes milliseconds, or gives None: see :meth:`at_once`.
     """
 
     def __init__(
@@ -195,28 +196,32 @@ class Batcher:
 
     def at_once(self, job: Job) -> Reply | None:
         """Answer a short job on the thread of the event loop that asks, where nobody else does: to change threads twice
-        takes a good part of a decoding step. None, with nothing done: it is to be submitted. So is what fails here,
-        which is contained there."""
+        takes a good part of a decoding step. None, with nothing answered: it is to be submitted. So is what fails here,
+        which is contained there, and whatever is traced, as part of its batch."""
         since = time.monotonic()
         if since - self._answered_at < _APART_S:
             self._shared_until = since + _SHARED_S
-        if self._queue or self._halves or not self._lone or self.state != "ready" or self._stopping:
-            return None
         cost = self._cost(job)
-        if since < self._shared_until or not 0 < self.backlog.seconds(cost.tokens) < _AT_ONCE_S:
+        if self._tracing is not None or since < self._shared_until or not self._lone:
             return None
-        if self._tracing is not None or not self._working.acquire(blocking=False):
+        if not 0 < self.backlog.seconds(cost.tokens) < _AT_ONCE_S or not self._working.acquire(blocking=False):
             return None
         try:
+            if self._queue or self._halves or self.state != "ready" or self._stopping:
+                return None
             result = self._run_short(job)
         except Exception:
             logger.exception("%s: a step failed: it is tried again as a batch", self.name)
-            result = None
+            if self._observer:
+                self._observer.failed()
+            return None
         finally:
             self._working.release()
         if result is None:
             return None
         self._answered_at = now = time.monotonic()
+        if now - since > _AT_ONCE_S:  # the estimate is of prompts, perhaps
+            self._shared_until = now + _SLOW_S
         asyncio.get_running_loop().call_soon(self._note_short, cost, now - since)
         return Reply([result], queue_ms=0.0, inference_ms=1000 * (now - since))
 
@@ -470,7 +475,7 @@ class Batcher:
         self._current, self._in_hand = [], 0
         if self._observer:
             self._observer.failed()
-        out_of_memory = _is_out_of_memory(error)
+        out_of_memory = is_out_of_memory(error)
         if out_of_memory:
             self._budget = max(self.options.budget_tokens // _LEAST_BUDGET, self._budget // 2)
             self._relieve()
@@ -536,7 +541,7 @@ class Batcher:
                 ticket.end(NotReadyError(f"the model {self.name} takes no work any more", retry_after_s=1.0))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Of the host, of CUDA (torch's error by name: torch need not be here), or of ONNX Runtime."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "Failed to allocate memory" in str(error)

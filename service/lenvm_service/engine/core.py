@@ -84,7 +84,7 @@ class _Work:
 
 
 class EngineCore:
-    """Answers jobs with one scorer. Not thread-safe: the engine's thread owns it.
+    """Answers jobs with one scorer. Not thread-safe: one thread at a time has it (``Batcher``).
 
     Args:
         config: of the model; its digest is part of every session handle.

@@ -16,7 +16,7 @@ from lenvm.config import LenVMConfig
 from lenvm.errors import InvalidRequestError
 from lenvm.guidance import Objective
 from lenvm.scoring import ScoreRow
-from lenvm_service.engine.batching import Batcher
+from lenvm_service.engine.batching import Batcher, is_out_of_memory
 from lenvm_service.engine.core import EngineCore
 from lenvm_service.engine.jobs import (
     CandidateJob,
@@ -33,7 +33,7 @@ from lenvm_service.engine.jobs import (
 )
 from lenvm_service.engine.loading import LOADING, EngineOptions, Loaded, load_core
 from lenvm_service.engine.queueing import BatcherOptions, Cost, Reservation
-from lenvm_service.engine.sharing import ask_shared, leave_shared
+from lenvm_service.engine.sharing import ask_shared, leave_shared, offer_shared
 from lenvm_service.errors import InternalError, OverloadedError, PrefixUnknownError
 from lenvm_service.metrics import EngineMetrics
 from lenvm_service.prefix_cache import Codec
@@ -67,7 +67,8 @@ class _Predicted:
 
 
 class Engine:
-    """One model, one thread. Make one with :meth:`load`, then :meth:`start` it; ``submit`` from any event loop.
+    """One model, one thread (but see :meth:`Batcher.at_once`). Make one with :meth:`load`, then :meth:`start` it;
+    ``submit`` from any event loop.
 
     Args:
         name: what requests call it.
@@ -93,6 +94,7 @@ class Engine:
         self._unnoted: tuple[Sequence[Job], Sequence[Result]] | None = None  # of the last run, not in the metrics yet
         self._held = 0  # tokens that a session's prefix is taken for
         self.loaded_at = 0.0
+        self.answers_at_once = True  # decoding steps, on the event loop that asks: see Batcher.at_once
         tokens = options.batch_tokens or (16_384 if options.device.startswith("cuda") else 4_096)
         self.batcher = Batcher(
             self._run,
@@ -283,7 +285,8 @@ class Engine:
         """A step as one job where that is quicker, and nothing is to be asked of the shared tier. Else, and where it
         failed as a whole, as its rows: whoever is guilty gets the error, and no other."""
         if self._takes(step):
-            reply = self.batcher.at_once(step) if reservation is None else None
+            late = deadline is not None and deadline <= time.monotonic()
+            reply = self.batcher.at_once(step) if self.answers_at_once and reservation is None and not late else None
             if reply is None:
                 reply = await self.batcher.submit([step], deadline=deadline, priority=priority, reservation=reservation)
             if not isinstance(reply.results[0], InternalError | OverloadedError):
@@ -348,7 +351,7 @@ class Engine:
             while len(self._predicted) > _PREDICTIONS_KEPT:
                 self._predicted.popitem(last=False)
 
-    # -- on the engine's thread ----------------------------------------------------------------------------------------
+    # -- on the engine's thread, or on another that has the batcher's leave --------------------------------------------
 
     def _load(self) -> None:
         since = time.monotonic()
@@ -423,9 +426,16 @@ class Engine:
         return result
 
     def _settle(self) -> None:
-        """Do what the last run has left for later."""
-        self.core.settle()
+        """Do what the last run has left for later. Its callers have their answers, and no other's job fails for it."""
+        try:
+            self.core.settle()
+        except Exception as error:
+            logger.exception("%s: states of a step could not be kept", self.name)
+            if is_out_of_memory(error):
+                self._relieve()
         self._note_work()
+        if self.tier is not None:
+            offer_shared(self.core, self.tier)
 
     def _note_work(self) -> None:
         """What the last run took and answered, for the metrics."""

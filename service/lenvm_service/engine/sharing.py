@@ -12,7 +12,7 @@ from lenvm_service.engine.jobs import CandidateJob, Job, PredictJob, Shared, Ste
 from lenvm_service.prefix_cache import Chain
 from lenvm_service.prefix_cache.redis_tier import Found, RedisTier, Want
 
-__all__ = ["Asked", "ask_shared", "leave_shared"]
+__all__ = ["Asked", "ask_shared", "leave_shared", "offer_shared"]
 
 _COPY_S = 0.005  # of the engine's time between two batches
 _COPIED = 4  # blocks: a megabyte or two each
@@ -97,20 +97,25 @@ def _held(core: EngineCore, chain: Chain) -> int:
     return count
 
 
-def leave_shared(core: EngineCore, tier: RedisTier) -> bool:
-    """Offer what the last batch computed: on the engine's thread, after its answers were handed out.
-
-    Copies blocks for a moment only, since the next batch waits; True where some are left for when nothing waits.
-    """
+def offer_shared(core: EngineCore, tier: RedisTier) -> None:
+    """Offer the sessions of the last batch, and note its blocks for ``leave_shared``: before another batch, which
+    forgets them. After its answers were handed out."""
     prefixes = core.prefixes
     for chain, logit, bin_logprobs in prefixes.answered:
         tier.offer_session(chain, logit, bin_logprobs)
     for chains, states in prefixes.stepped:
         for chain, state in zip(chains, states, strict=True):
             tier.offer_session(chain, state.logit, state.bin_logprobs)
-    unshared = prefixes.unshared
-    unshared.extend(prefixes.fresh)
+    prefixes.unshared.extend(prefixes.fresh)
     prefixes.begin()
+
+
+def leave_shared(core: EngineCore, tier: RedisTier) -> bool:
+    """Offer blocks that were computed, on the engine's thread.
+
+    Copies them for a moment only, since the next batch waits; True where some are left for when nothing waits.
+    """
+    prefixes, unshared = core.prefixes, core.prefixes.unshared
     end = time.perf_counter() + _COPY_S
     while unshared:
         if not tier.takes_blocks:

@@ -118,6 +118,7 @@ class WorkerHost:
         self.board = Board.create(len(self.engines))
         for at, engine in enumerate(self.engines.values()):
             engine.batcher.tell_backlog(partial(self.board.write, at))
+            engine.answers_at_once = False  # workers hear of a device that hangs by this loop, which must not hang too
         self.told: list[dict[str, Any]] = self._tell()
         self.greeting: dict[str, Any] = {
             "settings": {name: getattr(settings, name) for name in _TOLD},
