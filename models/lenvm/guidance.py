@@ -267,7 +267,10 @@ class PreparedWeights:
         )
 
     def of_scored(
-        self, places: NDArray[np.intp], bin_logprobs: FloatArray, means: NDArray[np.float32] | None = None
+        self,
+        places: NDArray[np.intp],
+        bin_logprobs: NDArray[np.floating[Any]],
+        means: NDArray[np.float32] | None = None,
     ) -> FloatArray:
         """The same log-weights [B, K] from the candidates that were scored alone: their places [S] among the B K, in
         order, and their bin_logprobs [S, n]. The others are EOS or no candidates. Nothing is padded for it. ``means``
@@ -376,7 +379,7 @@ class _Posterior:
         return np.where(self._eos, self._at_eos, raw)
 
     def expected(
-        self, bin_logp: FloatArray, rows: NDArray[np.intp], means: NDArray[np.float32] | None = None
+        self, bin_logp: NDArray[np.floating[Any]], rows: NDArray[np.intp], means: NDArray[np.float32] | None = None
     ) -> FloatArray:
         """``log sum_l P(l) u(g + l)`` [S] for bin log-probs [S, n] of candidates of these rows [S]; in float32 good to
         1e-6 or so, in less than half of the time. ``means``: see ``PreparedWeights.of_scored``."""

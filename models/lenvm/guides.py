@@ -121,7 +121,7 @@ class ValueGuide:
                 track.state.close()
 
 
-def _needed(array: NDArray[np.float64] | None) -> NDArray[np.float64]:
+def _needed(array: NDArray[np.floating[Any]] | None) -> NDArray[np.floating[Any]]:
     assert array is not None  # a scorer with bins gives their log-probabilities
     return array
 

@@ -51,9 +51,9 @@ def _score(graph: _StepGraph, model: LengthValueModel, row: int, length: int) ->
     plan = build_plan(pool, [Row(blocks, length, [], graph.ids[row].tolist())])
     head = model.head(packed_forward(model.decoder, plan))
     place = slice(row * width, (row + 1) * width)
-    graph.numbers[place, 0] = head.logits.double()
+    graph.numbers[place, 0] = head.logits.float()
     if head.bin_logprobs is not None:
-        graph.numbers[place, 1:] = head.bin_logprobs.double()
+        graph.numbers[place, 1:] = head.bin_logprobs.float()
         graph.means[place] = (head.bin_logprobs.exp() * graph.utilities).sum(-1)
     graph.kept[0][:, place] = torch.stack(plan.captured_keys)
     graph.kept[1][:, place] = torch.stack(plan.captured_values)

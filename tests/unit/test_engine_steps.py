@@ -298,7 +298,7 @@ def test_letting_go_of_everything_lets_go_of_what_was_left_for_later(core: Engin
 @pytest.mark.parametrize(
     ("objectives", "means", "logprobs"),
     [
-        ([EQUAL] * 2, np.float32, np.float64),  # the device took the mean, in float32
+        ([EQUAL] * 2, np.float32, np.float32),  # the device took the mean
         ([EQUAL, MOST], None, np.float32),
         ([Objective(kind="equal_to", target=20, strength=500.0)] * 2, None, np.float64),
     ],

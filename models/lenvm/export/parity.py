@@ -79,7 +79,7 @@ def _logits(scorer: Scorer, texts: Sequence[tuple[Sequence[int], int]]) -> list[
                 there.append(at)
                 rows.append(ScoreRow(states[at], [ids[place - 1]] if step else [], [ids[place], ids[place - 1]]))
         for at, answer in zip(there, scorer.score(rows) if rows else [], strict=True):
-            found[at].append(answer.candidate_logits)
+            found[at].append(answer.candidate_logits.astype(np.float64))
             states[at] = answer.state
     return [np.concatenate(parts) for parts in found]
 

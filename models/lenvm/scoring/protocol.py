@@ -55,8 +55,8 @@ class RowScore:
     state: PrefixState
     logits: NDArray[np.float64]  # [T] value logits
     bin_logprobs: NDArray[np.float64] | None  # [T, n]
-    candidate_logits: NDArray[np.float64]  # [K]
-    candidate_bin_logprobs: NDArray[np.float64] | None  # [K, n]
+    candidate_logits: NDArray[np.floating[Any]]  # [K]
+    candidate_bin_logprobs: NDArray[np.floating[Any]] | None  # [K, n]
     cached_tokens: int  # tokens of the prefix that needed no computation
 
 
@@ -71,7 +71,7 @@ class StepScores:
 
     lengths: Sequence[int]
     logits: NDArray[np.float64]
-    numbers: NDArray[np.float64]
+    numbers: NDArray[np.floating[Any]]
     means: NDArray[np.float32] | None
     counts: Sequence[int]
     make: Callable[[], Sequence[PrefixState]]
@@ -83,7 +83,7 @@ class StepScores:
             self.made = self.make()
         return self.made
 
-    def scored(self) -> NDArray[np.float64]:
+    def scored(self) -> NDArray[np.floating[Any]]:
         """[S, 1 + n]: the numbers of all candidates, one row's after another's."""
         return self.of_all(self.numbers)
 

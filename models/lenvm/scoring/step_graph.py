@@ -35,11 +35,11 @@ _WIDTHS = (1, 4, 8, 16, 24, 32, 64)
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class StepNumbers:
-    """What a step gives, once :meth:`wait` has returned: ``numbers [rows, width, 1 + n]`` (value logit, bin log-probs;
-    float64), and expected utilities ``means [rows, width]`` (float32) where these were asked for. A row owns ``width``
-    places of ``kept``."""
+    """What a step gives, once :meth:`wait` has returned: ``numbers [rows, width, 1 + n]`` (value logit, bin log-probs),
+    and expected utilities ``means [rows, width]`` where these were asked for; float32, as the head computes them. A row
+    owns ``width`` places of ``kept``."""
 
-    numbers: NDArray[np.float64]
+    numbers: NDArray[np.float32]
     means: NDArray[np.float32] | None
     width: int
     done: torch.cuda.Event | None
@@ -143,7 +143,7 @@ class _StepGraph:
         )
         self.scratch: StepScratch | None = None
         numbers = steps.model.head.output.out_features
-        self.numbers = torch.zeros(rows * width, numbers, dtype=torch.float64, device=device)
+        self.numbers = torch.zeros(rows * width, numbers, dtype=torch.float32, device=device)
         self.means = torch.zeros(rows * width, dtype=torch.float32, device=device)
         self.step = captured(self._step) if on_gpu else self._step
         self.done = torch.cuda.Event() if on_gpu else None
@@ -196,7 +196,7 @@ class _StepGraph:
         try:
             # Memory of its own for each step, which its states keep as long as they like: the host copies nothing.
             shape = (self.rows, self.width, self.numbers.shape[-1])
-            received = torch.empty(shape, dtype=torch.float64, pin_memory=on_gpu)
+            received = torch.empty(shape, dtype=torch.float32, pin_memory=on_gpu)
             received.view(self.numbers.shape).copy_(self.numbers, non_blocking=True)
             means = None
             if utilities is not None:

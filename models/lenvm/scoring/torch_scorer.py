@@ -367,7 +367,7 @@ class TorchScorer:
                 promotions.append(_Promotion(len(works) - 1, scored.capture, scored.first + at, place))
                 work.length += 1
                 work.logit = float(scored.logits[at])
-                work.bin_logprobs = None if scored.bin_logprobs is None else scored.bin_logprobs[at]
+                work.bin_logprobs = None if scored.bin_logprobs is None else scored.bin_logprobs[at].astype(np.float64)
         pool.copy(copies)
         return promotions
 
@@ -549,7 +549,7 @@ class TorchScorer:
 
         rows = len(lengths)
         means = None if launched.means is None else launched.means[:rows]
-        found = StepScores(lengths, np.array(logits), launched.numbers[:rows], means, counts, made)
+        found = StepScores(lengths, np.array(logits, np.float64), launched.numbers[:rows], means, counts, made)
         try:
             self._count(len(ids))
             self.stats.promoted += len(chosen) - chosen.count(None)
@@ -588,7 +588,7 @@ class TorchScorer:
                 scored, at = promoted
                 # A copy: a handle that lives long must not keep all numbers of its step alive.
                 logit = float(scored.logits[at])
-                bins = None if scored.bin_logprobs is None else scored.bin_logprobs[at].copy()
+                bins = None if scored.bin_logprobs is None else scored.bin_logprobs[at].astype(np.float64)
             state = TorchState(own, length, logit, bins)
             logits, row_bins = all_logits[row], all_bins[row] if has_bins else None
             if count < width:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,8 +63,8 @@ class Scored:
     """Candidates that a state was last scored with, so that the one that is chosen need not be computed again."""
 
     ids: Sequence[int]
-    logits: NDArray[np.float64]
-    bin_logprobs: NDArray[np.float64] | None
+    logits: NDArray[np.floating[Any]]
+    bin_logprobs: NDArray[np.floating[Any]] | None
     capture: Capture
     first: int  # of its candidates in the capture
 

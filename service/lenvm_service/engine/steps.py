@@ -206,16 +206,13 @@ class _Step:
             expect_step(objective, self.generated[0] + 1, core.scorer.bins)
         collect_young(len(self.sizes))
 
-    def _weights(self, numbers: NDArray[np.float64], means: NDArray[np.float32] | None) -> list[Any]:
+    def _weights(self, numbers: NDArray[np.floating[Any]], means: NDArray[np.float32] | None) -> list[Any]:
         """Log-weights of each row's candidates; None where it has no objective."""
         scored = self.places[~self.terminal]
         if self.core.scorer.bins is not None and self.weights.reads_bins_alone:
-            logprobs: NDArray[Any] = numbers[:, 1:]
             # The head computes in float32: more would be no more exact, unless it is magnified.
-            if means is None and all(
-                objective is not None and objective.strength <= 1.0 for objective in self.objectives
-            ):
-                logprobs = logprobs.astype(np.float32)
+            plain = means is not None or all(each is not None and each.strength <= 1.0 for each in self.objectives)
+            logprobs: NDArray[Any] = numbers[:, 1:].astype(np.float32 if plain else np.float64, copy=False)
             weights = self.weights.of_scored(scored, logprobs, means)
         else:
             flat = np.full((self.shape[0] * self.shape[1], numbers.shape[1]), np.nan)
