@@ -284,7 +284,8 @@ class TestSteps:
             for _ in range(2):
                 if not recorded:
                     steps.core.scorer._steps._graphs.clear()  # type: ignore[attr-defined]
-                await asyncio.sleep(0.02)  # until the thread has done what it left
+                while not steps.core.settled or steps.batcher._working.locked():  # what was left is being done
+                    await asyncio.sleep(0.001)
                 self.alone(steps)
                 found += (await steps.submit([job])).results
             return found

@@ -341,10 +341,11 @@ class Batcher:
         while not self._stopping:
             self._beat = time.monotonic()
             batch = self._next_half() if self._halves else self._next_batch()
+            if not batch and not self._unfinished:
+                continue
             with self._working:
                 if not batch:
-                    if self._unfinished:
-                        self._finish_some()
+                    self._finish_some()
                 elif not self._answer(batch):
                     self._recover()
 
