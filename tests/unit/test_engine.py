@@ -371,6 +371,28 @@ class TestSteps:
         assert "could not be kept" in caplog.text
         assert (steps.state, steps.batcher._budget) == ("ready", budget)
 
+    def test_a_row_that_is_odd_is_found_out_once(self, steps: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By the step that is answered at once; what comes then are its rows."""
+        launches: list[int] = []
+        launch = StepGraphs.launch
+
+        def launched(self: StepGraphs, *given: Any) -> Any:
+            launches.append(len(given[1]))
+            return launch(self, *given)
+
+        async def ask() -> Any:
+            job = await self.begun(steps)
+            await steps.submit([job])
+            while not steps.core.settled or steps.batcher._working.locked():
+                await asyncio.sleep(0.001)
+            self.alone(steps)
+            monkeypatch.setattr(StepGraphs, "launch", launched)
+            return (await steps.submit([replace(job, candidates=[[9, 9, EOS], *job.candidates[1:]])])).results
+
+        (found,) = asyncio.run(ask())
+        assert {at: error.code for at, error in found["errors"].items()} == {0: "invalid_request"}
+        assert launches == [3, 2]  # the step, and the rows that are as they should be
+
     def test_a_deadline_that_has_passed(self, steps: Engine) -> None:
         async def ask() -> None:
             job = await self.begun(steps)

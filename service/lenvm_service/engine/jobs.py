@@ -96,7 +96,8 @@ class CandidateJob:
 @dataclass(slots=True)
 class StepJob:
     """A decoding step of R rows as one job: field by field what a ``CandidateJob`` for each row would say, whose prefix
-    is a session and what was appended to it. Values are not wanted. ``logprobs`` None: of no row."""
+    is a session and what was appended to it. Values are not wanted. ``logprobs`` None: of no row. ``odd``: some row was
+    found not to be as it should be, so that there is no use in trying it as a step again."""
 
     sessions: Sequence[str]
     appended: Sequence[Sequence[int]]
@@ -106,6 +107,7 @@ class StepJob:
     logprobs: Sequence[Sequence[float]] | None = None
     eos_ids: Sequence[int] = ()
     tenant: str = ""
+    odd: bool = field(default=False, init=False, compare=False, repr=False)
     _packed: NDArray[np.int32] | None = field(default=None, init=False, compare=False, repr=False)
 
     def packed(self) -> NDArray[np.int32] | None:

@@ -53,7 +53,7 @@ def answer_steps(core: EngineCore, jobs: Sequence[StepJob], *, record: bool = Tr
     """Answers aligned with ``jobs``, by one graph for all of their rows. None, with nothing done, where any row is in
     any way not plainly as it should be: row by row it gets its answer, or its typed error. ``record`` False: also where
     the graph is not there yet."""
-    if not hasattr(core.scorer, "step") or (step := _Step.of(core, jobs)) is None:
+    if not hasattr(core.scorer, "step") or any(job.odd for job in jobs) or (step := _Step.of(core, jobs)) is None:
         return None
     return step.answers(record=record)
 
@@ -122,7 +122,11 @@ class _Step:
                 found = cast(_Stepping, core.scorer).step(
                     states, self.appended, self.ids, self.counts, self._meanwhile, utilities=utilities, record=record
                 )
-        except (PoolExhaustedError, _NotPlainError):
+        except PoolExhaustedError:
+            return None
+        except _NotPlainError:
+            for job in self.jobs:
+                job.odd = len(self.jobs) == 1
             return None
         return None if found is None else self._answers(found)
 
