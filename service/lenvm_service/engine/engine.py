@@ -415,8 +415,8 @@ class Engine:
         return results
 
     def _run_step(self, job: Job) -> Result | None:
-        """The answer of a decoding step if a graph for it is there; None, with nothing done, for all else. On an event
-        loop's thread, see :meth:`Batcher.at_once`."""
+        """The answer of a decoding step if a graph for it is there; None, with nothing answered, for all else. Runs on
+        an event loop's thread: see :meth:`Batcher.at_once`."""
         if not isinstance(job, StepJob):
             return None
         self._settle()
