@@ -37,37 +37,40 @@ def _halves(x_ptr, norm_ptr, cos, sin, real, eps, D: tl.constexpr, ROTATE: tl.co
 
 
 @triton.jit
-def _update(q_1, q_2, keys_1, keys_2, values, mask, peak, total, acc, scale):
-    """One tile more in the softmax: queries ``[BM, D / 2]`` twice, keys ``[D / 2, T]`` twice, values ``[T, D]``. Peaks
-    are of scores as they are; the scale, which is positive, is multiplied in where the exponent is taken."""
-    scores = tl.dot(q_1, keys_1, input_precision="ieee")
-    scores = tl.dot(q_2, keys_2, scores, input_precision="ieee")
-    # Finite: a row without a key, which nobody reads, must not become NaN.
-    scores = tl.where(mask, scores, -1e30)
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores * scale - (new_peak * scale)[:, None])
-    shrink = tl.exp2((peak - new_peak) * scale)
-    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-    return new_peak, total * shrink + tl.sum(weights, 1), acc
+def _whole(x_ptr, norm_ptr, cos, sin, real, eps, D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr):
+    """Heads ``[BM, D]``, normed and rotated where they are to be; ``sin`` is negative in the first half. What a number
+    is mixed with, half a head away, is loaded again."""
+    d = tl.arange(0, D)[None, :]
+    x = tl.load(x_ptr + d, mask=real, other=0.0)
+    if ROTATE:
+        other = (d + D // 2) % D
+        y = tl.load(x_ptr + other, mask=real, other=0.0).to(tl.float32)
+        one = x.to(tl.float32)
+        if NORM:
+            factor = tl.rsqrt(tl.sum(one * one, 1) / D + eps)[:, None]
+            one = one * factor * tl.load(norm_ptr + d).to(tl.float32)
+            y = y * factor * tl.load(norm_ptr + other).to(tl.float32)
+        x = (one * cos + y * sin).to(x.dtype)
+    return x
 
 
 @triton.jit
-def _tile(k_ptr, v_ptr, table_ptr, index, end, columns, stride_pb, D: tl.constexpr, SIZE: tl.constexpr,
-          TILE: tl.constexpr):  # fmt: skip
-    """Keys ``[D / 2, TILE]`` twice and values ``[TILE, D]`` of tile ``index`` of the prefix, zeros from ``end`` on. A
-    tile is whole blocks: what a block holds past the prefix, and block 0 past the table's end, is stale but finite, and
-    its weight is 0."""
-    h = tl.arange(0, D // 2)
-    d = tl.arange(0, D)
+def _blocks(table_ptr, index, end, columns, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The block of each place ``[TILE]`` of tile ``index``; 0 past the table's end."""
     place = tl.arange(0, TILE)
-    real = place * 0 + index < end
     column = index * (TILE // SIZE) + place // SIZE
-    block = tl.load(table_ptr + column, mask=real & (column < columns), other=0)
-    base = block.to(tl.int64) * stride_pb + place % SIZE * D
-    keys_1 = tl.load(k_ptr + base[None, :] + h[:, None], mask=real[None, :], other=0.0)
-    keys_2 = tl.load(k_ptr + base[None, :] + D // 2 + h[:, None], mask=real[None, :], other=0.0)
-    values = tl.load(v_ptr + base[:, None] + d[None, :], mask=real[:, None], other=0.0)
-    return keys_1, keys_2, values
+    return tl.load(table_ptr + column, mask=(place * 0 + index < end) & (column < columns), other=0)
+
+
+@triton.jit
+def _tile(k_ptr, v_ptr, block, index, end, stride_pb, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Keys and values ``[TILE, D]`` of tile ``index`` of the prefix, which lies in these blocks; anything from ``end``
+    on. A tile is whole blocks: what a block holds past the prefix, and block 0 past the table's end, is stale but
+    finite, and its weight is 0."""
+    place = tl.arange(0, TILE)
+    at = (block.to(tl.int64) * stride_pb + place % SIZE * D)[:, None] + tl.arange(0, D)[None, :]
+    real = (place * 0 + index < end)[:, None]
+    return tl.load(k_ptr + at, mask=real), tl.load(v_ptr + at, mask=real)
 
 
 @triton.jit
@@ -77,14 +80,13 @@ def _together(part_ptr, stat_ptr, here, real, parts, BM: tl.constexpr, D: tl.con
     peak = tl.full([BM], float("-inf"), tl.float32)
     for part in tl.static_range(SPLITS):
         seen = here * 0 + part < parts
-        peak = tl.maximum(peak, tl.load(stat_ptr + 2 * (here + part * BM), mask=seen, other=float("-inf")))
+        peak = tl.maximum(peak, tl.load(stat_ptr + here + part * BM, mask=seen, other=float("-inf")))
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     for part in tl.static_range(SPLITS):
         seen = here * 0 + part < parts
         there = here + part * BM
-        weight = tl.exp2(tl.load(stat_ptr + 2 * there, mask=seen, other=float("-inf")) - peak)
-        weight = weight * tl.load(stat_ptr + 2 * there + 1, mask=seen, other=0.0)
+        weight = tl.exp2(tl.load(stat_ptr + there, mask=seen, other=float("-inf")) - peak)
         total += weight
         mean = tl.load(part_ptr + there[:, None] * D + d[None, :], mask=seen[:, None] & real, other=0.0)
         acc += mean.to(tl.float32) * weight[:, None]
@@ -97,7 +99,7 @@ def _step_kernel(  # noqa: PLR0915
     cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kept_k_ptr, kept_v_ptr, scale, eps,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_pb, stride_ph, stride_table, stride_on,
     G: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, TILES_M: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, ROTATE: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr,
     NORM: tl.constexpr, LINE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program per (row and tile of its queries, key head, share of the prefix): G heads for each token share every
@@ -106,9 +108,7 @@ def _step_kernel(  # noqa: PLR0915
     head = tl.program_id(1)
     part = tl.program_id(2)
     m = (tl.program_id(0) % TILES_M) * BM + tl.arange(0, BM)
-    c = tl.arange(0, OWN)
     d = tl.arange(0, D)
-    h = tl.arange(0, D // 2)
     place = tl.arange(0, TILE)
     length = tl.load(len_ptr + row)
     tiles = tl.cdiv(length, TILE)
@@ -128,11 +128,14 @@ def _step_kernel(  # noqa: PLR0915
                 fetch(pool_v_ptr + base)
         cos, sin = 1.0, 0.0
         if ROTATE:
-            angle = length * (D // 2) + h
-            cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
+            angle = length * (D // 2) + d % (D // 2)
+            cos = tl.load(cos_ptr + angle)[None, :]
+            sin = (tl.load(sin_ptr + angle) * tl.where(d < D // 2, -1.0, 1.0))[None, :]
         # Read before the wait, and not only fetched: see the rule at the top of ``layer_kernels``.
         own_k, own_v = pool_k_ptr + head * stride_ph, pool_v_ptr + head * stride_ph
-        keys_1, keys_2, values = _tile(own_k, own_v, own_table, first, end, stride_table, stride_pb, D, SIZE, TILE)
+        block = _blocks(own_table, first, end, stride_table, SIZE, TILE)
+        keys, values = _tile(own_k, own_v, block, first, end, stride_pb, D, SIZE, TILE)
+        block = _blocks(own_table, first + 1, end, stride_table, SIZE, TILE)
         if EARLY:
             gdc_wait()
             gdc_launch_dependents()
@@ -145,35 +148,42 @@ def _step_kernel(  # noqa: PLR0915
         real = (m // G < count)[:, None]
         q_head = head * G + m % G
         q_at = q_ptr + q_head[:, None] * stride_qh + token[:, None] * stride_qn
-        q_1, q_2 = _halves(q_at, q_norm_ptr, cos, sin, real, eps, D, ROTATE, NORM)
+        query = _whole(q_at, q_norm_ptr, cos, sin, real, eps, D, ROTATE, NORM)
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
         if part == parts - 1:
             # The tree mask's diagonal: each of the row's tokens sees itself and none of the others. It falls to the
             # last share, which has the fewest tiles.
-            theirs = (c < count)[:, None]
-            k_at = k_ptr + head * stride_kh + (start + c)[:, None] * stride_kn
-            k_1, k_2 = _halves(k_at, k_norm_ptr, cos, sin, theirs, eps, D, ROTATE, NORM)
-            v_at = v_ptr + head * stride_vh + (start + c)[:, None] * stride_vn + d[None, :]
-            v_own = tl.load(v_at, mask=theirs, other=0.0)
+            k_at = k_ptr + head * stride_kh + token[:, None] * stride_kn
+            own = _whole(k_at, k_norm_ptr, cos, sin, real, eps, D, ROTATE, NORM)
+            v_at = v_ptr + head * stride_vh + token[:, None] * stride_vn + d[None, :]
+            v_own = tl.load(v_at, mask=real, other=0.0)
             if ROTATE:
-                # Candidates are kept: the one that is chosen is not computed again.
-                kept = ((start + c)[:, None] * tl.num_programs(1) + head) * D
-                theirs = theirs & (0 * c + tl.program_id(0) % TILES_M == 0)[:, None]
-                tl.store(kept_k_ptr + kept + h[None, :], k_1, mask=theirs)
-                tl.store(kept_k_ptr + kept + D // 2 + h[None, :], k_2, mask=theirs)
-                tl.store(kept_v_ptr + kept + d[None, :], v_own, mask=theirs)
-            itself = (m // G)[:, None] == c[None, :]
-            peak, total, acc = _update(q_1, q_2, tl.trans(k_1), tl.trans(k_2), v_own, itself, peak, total, acc, scale)
-        # Each tile is on its way while the one before is worked on: the pipeliner would wait for it first.
+                # Candidates are kept: the one that is chosen is not computed again. Once for the heads that share it.
+                kept = (token[:, None] * tl.num_programs(1) + head) * D + d[None, :]
+                once = real & (m % G == 0)[:, None]
+                tl.store(kept_k_ptr + kept, own, mask=once)
+                tl.store(kept_v_ptr + kept, v_own, mask=once)
+            peak = tl.sum(query.to(tl.float32) * own.to(tl.float32), 1)
+            total += 1.0
+            acc = v_own.to(tl.float32)
+        # Each tile is on its way while the one before is worked on, and its blocks were looked up one before that: the
+        # pipeliner would wait for it first. Peaks are of scores as they are: the scale, which is positive, comes in
+        # where the exponent is taken.
         for index in range(first, end):
-            next_1, next_2, next_values = _tile(
-                own_k, own_v, own_table, index + 1, end, stride_table, stride_pb, D, SIZE, TILE
-            )
-            inside = (place < length - index * TILE)[None, :]
-            peak, total, acc = _update(q_1, q_2, keys_1, keys_2, values, inside, peak, total, acc, scale)
-            keys_1, keys_2, values = next_1, next_2, next_values
+            next_keys, next_values = _tile(own_k, own_v, block, index + 1, end, stride_pb, D, SIZE, TILE)
+            block = _blocks(own_table, index + 2, end, stride_table, SIZE, TILE)
+            scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+            if length < (index + 1) * TILE:
+                # Finite: a row without a key, which nobody reads, must not become NaN.
+                scores = tl.where((place < length - index * TILE)[None, :], scores, -1e30)
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            weights = tl.exp2(scores * scale - (new_peak * scale)[:, None])
+            shrink = tl.exp2((peak - new_peak) * scale)
+            total = total * shrink + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+            peak, keys, values = new_peak, next_keys, next_values
         done = parts == 1
         if SPLITS > 1:
             if parts > 1:
@@ -182,8 +192,7 @@ def _step_kernel(  # noqa: PLR0915
                 # Each share's mean in the precision of the answer: what is written and read again is a quarter so.
                 mean = (acc * (1.0 / total)[:, None]).to(part_ptr.dtype.element_ty)
                 tl.store(part_ptr + (here + part * BM)[:, None] * D + d[None, :], mean, mask=real)
-                tl.store(stat_ptr + 2 * (here + part * BM), peak * scale)
-                tl.store(stat_ptr + 2 * (here + part * BM) + 1, total)
+                tl.store(stat_ptr + here + part * BM, peak * scale + tl.log2(total))
                 # Every thread's stores, before the one thread that counts.
                 tl.debug_barrier()
                 done = tl.atomic_add(count_ptr + mine, 1, sem="acq_rel") == parts - 1
@@ -308,7 +317,7 @@ def step_attention(
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         pool_keys.stride(0), pool_keys.stride(1), tables.stride(0), out.stride(0),
         G=heads // kv_heads, D=dim, SIZE=size, TILE=max(_TILE, size), BM=block, TILES_M=tiles, SPLITS=scratch.splits,
-        LEAST=_LEAST, WIDTH=0 if starts is not None else width, OWN=max(16, triton.next_power_of_2(width)),
+        LEAST=_LEAST, WIDTH=0 if starts is not None else width,
         ROTATE=rotation is not None, NORM=q_norm is not None, LINE=min(dim, 128 // query.element_size()), EARLY=early,
         num_warps=_WARPS, num_stages=1,
         **(launch_options(query.device) if early else {}),

@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,18 +22,18 @@ from lenvm.paged.attention import Plan, suits_fresh_attention
 from lenvm.scoring._rows import check_row, packed_ids
 from lenvm.scoring.blocks import BlockLayout, StateBlock
 from lenvm.scoring.protocol import PrefixState, RowScore, ScoreRow, ScorerStats, StepScores
+from lenvm.scoring.step_rows import StepRows, longest, row_scores
 from lenvm.scoring.torch_state import Capture, Held, Scored, TorchState
 
 if TYPE_CHECKING:
     from lenvm.decoding.step_decoder import StepDecoder
     from lenvm.scoring.prompt_graph import PromptGraphs
-    from lenvm.scoring.step_graph import StepGraphs, StepNumbers
+    from lenvm.scoring.step_graph import StepGraphs
 
 __all__ = ["TorchScorer", "TorchState"]
 
 _log = logging.getLogger(__name__)
 _LEAST_PREFIX = 128
-_NO_PROMOTION = (0, 0, 0, 0, 0)
 _COMPACT_EVERY = 16  # steps: captures that have lost users stay whole until then
 _STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of their own
 
@@ -41,11 +41,6 @@ _STEP_ROWS = 128  # decoding rows in a call from which on they have a forward of
 def _is_whole(row: ScoreRow) -> bool:
     """A prompt from its first token on, wanted at its last one alone."""
     return row.state is None and row.values_from is None and not len(row.candidates)
-
-
-def _longest(before: Sequence[PrefixState | None], appended: Sequence[Sequence[int]]) -> int:
-    """Tokens of the longest prefix, with what is appended to it."""
-    return max((0 if state is None else state.length) + len(new) for state, new in zip(before, appended, strict=True))
 
 
 class _Promotion(NamedTuple):
@@ -91,19 +86,6 @@ class _Work:
     def new_tokens(self) -> int:
         """Tokens that this row sends through the backbone."""
         return len(self.tail) + len(self.row.candidates)
-
-
-def _row_scores(step: StepScores) -> list[RowScore]:
-    """Row by row: views of numbers, which need not be there yet."""
-    answers = []
-    for row, state in enumerate(step.states()):
-        assert isinstance(state, TorchState)
-        scored = state.scored
-        assert scored is not None
-        own = None if state.bin_logprobs is None else state.bin_logprobs[None]
-        logits, bins = scored.logits, scored.bin_logprobs
-        answers.append(RowScore(state, step.logits[row : row + 1], own, logits, bins, state.length))
-    return answers
 
 
 class TorchScorer:
@@ -464,7 +446,7 @@ class TorchScorer:
         answers: list[RowScore] = []
 
         def also(step: StepScores) -> None:
-            answers.extend(_row_scores(step))
+            answers.extend(row_scores(step))
             if meanwhile is not None:
                 meanwhile()
 
@@ -490,69 +472,36 @@ class TorchScorer:
         while the device is at work: its numbers are not there yet. ``utilities [n]``: of each bin, for
         ``StepScores.means``.
 
-        The device waits for this, so that it does in one loop what must be known before the launch, and no more.
         Raises PoolExhaustedError."""
         steps, pool, context = self._steps, self.pool, self._context
         if steps is None or not counts or not steps.fits(len(counts), max(counts)) or not min(counts):
             return None
         if ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
             return None
-        if not record and not steps.recorded(len(counts), max(counts), _longest(before, appended)):
+        if not record and not steps.recorded(len(counts), max(counts), longest(before, appended)):
             return None
-        copies: list[tuple[int, int]] = []
-        held, lengths, chosen, sources = [], [], list[tuple[Scored, int] | None](), list[int]()
-        size, capture, advance = pool.block_size, None, pool.advance
-        for state, new in zip(before, appended, strict=True):
-            # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
-            if not isinstance(state, TorchState) or state.pool is not pool or (own := state.held) is None:
-                return None
-            length, promoted = state.length, None
-            if len(new):
-                scored = state.scored
-                if len(new) > 1 or scored is None:
-                    return None
-                try:
-                    at = scored.ids.index(new[0])
-                except ValueError:
-                    return None
-                promoted = scored, at  # kept: the state may lose its candidates before its child is made
-                if not advance(own.blocks, length):
-                    own = Held(pool, pool.fork(own.blocks, length, 1, copies))
-                if scored.capture is not capture:
-                    capture = scored.capture
-                    keys, values, token, layer = capture.addresses()
-                skip = (scored.first + at) * token
-                sources += keys + skip, values + skip, layer, own.blocks[length // size], length % size
-                length += 1
-            else:
-                sources += _NO_PROMOTION
-            if length >= context:
-                return None
-            held.append(own)
-            lengths.append(length)
-            chosen.append(promoted)
-        pool.copy(copies)
+        rows = StepRows.of(pool, context, before, appended)
+        if rows is None:
+            return None
         try:
-            launched = steps.launch([own.blocks for own in held], lengths, counts, ids, sources, utilities)
+            blocks = [own.blocks for own in rows.held]
+            launched = steps.launch(blocks, rows.lengths, counts, ids, rows.promotions, utilities)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
             return None
-        # While the device is at work.
-        logits = [
-            cast(TorchState, state).logit if promoted is None else promoted[0].logits[promoted[1]]
-            for state, promoted in zip(before, chosen, strict=True)
-        ]
 
         def made() -> list[TorchState]:
-            return self._step_states(before, held, lengths, chosen, ids, counts, launched)
+            states, capture = rows.states(ids, counts, launched, has_bins=self.bins is not None)
+            self._keep(capture)
+            return states
 
-        rows = len(lengths)
-        means = None if launched.means is None else launched.means[:rows]
-        found = StepScores(lengths, np.array(logits, np.float64), launched.numbers[:rows], means, counts, made)
-        try:
+        try:  # while the device is at work
+            size = len(rows.lengths)
+            means = None if launched.means is None else launched.means[:size]
+            found = StepScores(rows.lengths, rows.logits(), launched.numbers[:size], means, counts, made)
             self._count(len(ids))
-            self.stats.promoted += len(chosen) - chosen.count(None)
+            self.stats.promoted += rows.promoted
             if meanwhile is not None:
                 meanwhile(found)
         finally:
@@ -562,44 +511,6 @@ class TorchScorer:
         if self._steps_since >= _COMPACT_EVERY:
             self._compact()
         return found
-
-    def _step_states(
-        self,
-        before: Sequence[Any],
-        held: Sequence[Held],
-        lengths: Sequence[int],
-        chosen: Sequence[tuple[Scored, int] | None],
-        ids: NDArray[np.int32],
-        counts: Sequence[int],
-        step: StepNumbers,
-    ) -> list[TorchState]:
-        """The new states, each with what it was scored with: views of numbers, which need not be there yet."""
-        capture, has_bins = Capture(*step.kept()), self.bins is not None
-        capture.addresses()  # asked for now, and not when the next step waits for it
-        rows, width = len(held), step.numbers.shape[1]
-        all_logits, all_bins = list(step.numbers[:rows, :, 0]), list(step.numbers[:rows, :, 1:])
-        all_ids, begin, first = ids.tolist(), 0, 0
-        states = []
-        for row, (was, own, length, promoted, count) in enumerate(
-            zip(before, held, lengths, chosen, counts, strict=True)
-        ):
-            logit, bins = was.logit, was.bin_logprobs
-            if promoted is not None:
-                scored, at = promoted
-                # A copy: a handle that lives long must not keep all numbers of its step alive.
-                logit = float(scored.logits[at])
-                bins = None if scored.bin_logprobs is None else scored.bin_logprobs[at].astype(np.float64)
-            state = TorchState(own, length, logit, bins)
-            logits, row_bins = all_logits[row], all_bins[row] if has_bins else None
-            if count < width:
-                logits, row_bins = logits[:count], None if row_bins is None else row_bins[:count]
-            state.scored = Scored(all_ids[begin : begin + count], logits, row_bins, capture, first)
-            capture.users.append(weakref.ref(state.scored))
-            states.append(state)
-            begin += count
-            first += step.width
-        self._keep(capture)
-        return states
 
     def _prompted(self, rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None) -> list[RowScore] | None:
         """Whole prompts, wanted at their last tokens alone, by one graph; None for any other call, and where this GPU
