@@ -180,6 +180,13 @@ def test_an_id_that_is_none_is_refused_as_anywhere(scorer: TorchScorer, sent: li
         scorer.score([ScoreRow(state, (), [5, bad])])
     with pytest.raises(InvalidRequestError, match="candidates must be in"):
         scorer.score([ScoreRow(state, (), [5, scorer.vocab_size])])
-    assert sent == []
     (answer,) = scorer.score([ScoreRow(state, (), [5])])  # nothing has happened to the state
-    assert (answer.candidate_logits.tolist(), len(sent)) == ([5.0], 1)
+    assert answer.candidate_logits.tolist() == [5.0]
+    # Nor where a token was to be appended, and was written before the ids were looked at.
+    counted = scorer.stats.forwards, scorer.stats.promoted
+    with pytest.raises(InvalidRequestError, match="candidates must be in"):
+        scorer.score([ScoreRow(answer.state, [5], [6, bad])])
+    assert (scorer.stats.forwards, scorer.stats.promoted) == counted
+    (again,) = scorer.score([ScoreRow(answer.state, [5], [6])])
+    assert (again.state.length, again.logits.tolist(), again.candidate_logits.tolist()) == (3, [5.0], [6.0])
+    assert (sent[-1]["lengths"].tolist(), bool(sent[-1]["promotions"].any())) == ([3], True)

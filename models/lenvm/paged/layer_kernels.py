@@ -118,7 +118,7 @@ def tiling(tokens: int, columns: int, many: Tiling = _PLAIN) -> Tiling:
 
 
 @triton.jit
-def _embed_kernel(id_ptr, table_ptr, norm_ptr, hidden_ptr, scaled_ptr, sum_ptr, K, M, BK: tl.constexpr,
+def _embed_kernel(id_ptr, table_ptr, norm_ptr, hidden_ptr, scaled_ptr, sum_ptr, V, K, M, BK: tl.constexpr,
                   PARTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One program per token."""
     if EARLY:
@@ -127,7 +127,8 @@ def _embed_kernel(id_ptr, table_ptr, norm_ptr, hidden_ptr, scaled_ptr, sum_ptr, 
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BK)
     real = k < K
-    x = tl.load(table_ptr + tl.load(id_ptr + row).to(tl.int64) * K + k, mask=real, other=0.0)
+    at = tl.minimum(tl.maximum(tl.load(id_ptr + row), 0), V - 1).to(tl.int64)
+    x = tl.load(table_ptr + at * K + k, mask=real, other=0.0)
     tl.store(hidden_ptr + row * K + k, x, mask=real)
     x = x.to(tl.float32)
     scaled = x * tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)
@@ -137,10 +138,10 @@ def _embed_kernel(id_ptr, table_ptr, norm_ptr, hidden_ptr, scaled_ptr, sum_ptr, 
 
 
 def embed(ids: torch.Tensor, table: torch.Tensor, norm: torch.Tensor, stream: Stream) -> None:
-    """Fill the stream with the rows ``ids [N]`` of ``table [V, H]``."""
+    """Fill the stream with the rows ``ids [N]`` of ``table [V, H]``; of an id that is none, with another row."""
     tokens, width = stream.hidden.shape
     carved(_embed_kernel[(tokens,)](
-        ids, table, norm, *stream, width, tokens, BK=triton.next_power_of_2(width), PARTS=len(stream.sums),
+        ids, table, norm, *stream, len(table), width, tokens, BK=triton.next_power_of_2(width), PARTS=len(stream.sums),
         EARLY=launches_early(table.device), num_warps=4, **launch_options(table.device),
     ))  # fmt: skip
 

@@ -135,6 +135,7 @@ class _StepGraph:
             self.host_tables,
             self.host_utilities,
         ) = (x.numpy() for x in views(self.sent))
+        self.pack = struct.Struct(f"{5 * rows}q").pack_into
         self.written: list[Sequence[int]] = [()] * rows  # the blocks that stand in the host's buffer
         self.last: weakref.ref[StepNumbers] | None = None  # whose keys and values stand in ``kept``
         shape = pool.shape
@@ -148,6 +149,7 @@ class _StepGraph:
         self.step = captured(self._step) if on_gpu else self._step
         self.done = torch.cuda.Event() if on_gpu else None
 
+    @torch.inference_mode()
     def _step(self) -> None:
         from lenvm.paged.kernels import promote_tokens
 
@@ -172,10 +174,10 @@ class _StepGraph:
         """See :meth:`StepGraphs.launch`. Rows that nobody asked for have no prefix."""
         rows, width, on_gpu = len(lengths), counts[0], self.done is not None
         self.host_lengths[:rows] = lengths
-        struct.pack_into(f"{len(promotions)}q", self.host_promotions.data, 0, *promotions)
         if rows < self.rows:
             self.host_lengths[rows:] = 0
-            self.host_promotions[rows:] = 0
+            promotions = [*promotions, *(0,) * (5 * (self.rows - rows))]
+        self.pack(self.host_promotions.data, 0, *promotions)
         if len(ids) == rows * width and counts.count(width) == rows:
             self.host_ids[:rows, :width] = ids.reshape(rows, width)
         else:

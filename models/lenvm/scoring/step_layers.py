@@ -64,9 +64,9 @@ class StepLayers:
         scratch: StepScratch | None = None,
     ) -> torch.Tensor:
         """``ids [rows x width]`` after prefixes of ``lengths [rows]`` tokens in blocks ``tables [rows, blocks]`` ->
-        ``[rows x width, hidden]``. Fills ``kept [2, layers, rows x width, kv_heads, head_dim]`` with the candidates'
-        keys and values. ``long``: some prefix is longer than ``SHORT``. ``scratch``: of a caller that keeps one
-        (:meth:`scratch`); no two calls that may run at the same time have the same."""
+        ``[rows x width, hidden]``; of an id that is none, anything. Fills ``kept [2, layers, rows x width, kv_heads,
+        head_dim]`` with the candidates' keys and values. ``long``: some prefix is longer than ``SHORT``. ``scratch``:
+        of a caller that keeps one (:meth:`scratch`); no two calls that may run at the same time have the same."""
         from lenvm.paged.kernels import Rotation, step_attention
 
         spec, tokens, rows = self.fused.spec, len(ids), len(lengths)
@@ -111,8 +111,8 @@ class StepLayers:
         """By the library's products, which are faster where there is much to multiply."""
         from lenvm.paged.layer_kernels import add_norm, silu_product
 
-        eps = self.fused.spec.eps
-        hidden = embedding(ids, self.fused.embedding)
+        eps, table = self.fused.spec.eps, self.fused.embedding
+        hidden = embedding(ids.clamp(0, len(table) - 1), table)
         delta: torch.Tensor | None = None
         for layer, w in enumerate(self.fused.layers):
             mixed = attend(layer, w, linear(add_norm(hidden, delta, w["input_norm"], eps), w["qkv"], w["qkv_bias"]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lenvm.paged import BlockPool
@@ -28,13 +29,14 @@ class StepRows:
 
     Attributes:
         before: the states.
-        held, lengths: blocks and tokens of each row's prefix, with what is appended.
+        held, blocks, lengths: what each row's prefix holds, its blocks and its tokens, with what is appended.
         chosen: what the state was scored with, and which of it is appended; None for nothing.
         promotions: five numbers a row (``lenvm.paged.kernels.promote_tokens``), one row after another.
     """
 
     before: Sequence[TorchState]
     held: list[Held]
+    blocks: list[list[int]]
     lengths: list[int]
     chosen: list[tuple[Scored, int] | None]
     promotions: list[int]
@@ -52,14 +54,18 @@ class StepRows:
         The device waits for this, so that it is one loop over what must be known before the launch, and no more.
         Raises PoolExhaustedError."""
         copies: list[tuple[int, int]] = []
-        states, held, lengths = list[TorchState](), list[Held](), list[int]()
-        chosen, promotions = list[tuple[Scored, int] | None](), list[int]()
+        states: list[TorchState] = []
+        held: list[Held] = []
+        blocks: list[list[int]] = []
+        lengths: list[int] = []
+        chosen: list[tuple[Scored, int] | None] = []
+        promotions: list[int] = []
         size, capture, advance = pool.block_size, None, pool.advance
         for state, new in zip(before, appended, strict=True):
             # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
             if not isinstance(state, TorchState) or state.pool is not pool or (own := state.held) is None:
                 return None
-            length, promoted = state.length, None
+            length, own_blocks = state.length, own.blocks
             if len(new):
                 scored = state.scored
                 if len(new) > 1 or scored is None:
@@ -68,25 +74,29 @@ class StepRows:
                     at = scored.ids.index(new[0])
                 except ValueError:
                     return None
-                promoted = scored, at  # kept: the state may lose its candidates before its child is made
-                if not advance(own.blocks, length):
-                    own = Held(pool, pool.fork(own.blocks, length, 1, copies))
+                chosen.append((scored, at))  # kept: the state may lose its candidates before its child is made
+                if not advance(own_blocks, length):
+                    own = Held(pool, pool.fork(own_blocks, length, 1, copies))
+                    own_blocks = own.blocks
                 if scored.capture is not capture:
                     capture = scored.capture
                     keys, values, token, layer = capture.addresses()
                 skip = (scored.first + at) * token
-                promotions += keys + skip, values + skip, layer, own.blocks[length // size], length % size
+                promotions += keys + skip, values + skip, layer, own_blocks[length // size], length % size
                 length += 1
             else:
+                chosen.append(None)
                 promotions += _NO_PROMOTION
             if length >= context:
                 return None
             states.append(state)
             held.append(own)
+            blocks.append(own_blocks)
             lengths.append(length)
-            chosen.append(promoted)
-        pool.copy(copies)
-        return cls(states, held, lengths, chosen, promotions)
+        if copies:
+            with torch.inference_mode():
+                pool.copy(copies)
+        return cls(states, held, blocks, lengths, chosen, promotions)
 
     @property
     def promoted(self) -> int:

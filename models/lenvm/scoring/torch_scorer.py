@@ -453,7 +453,6 @@ class TorchScorer:
         found = self.step([row.state for row in rows], [row.append for row in rows], ids, counts, also)
         return None if found is None else answers
 
-    @torch.inference_mode()
     def step(
         self,
         before: Sequence[PrefixState | None],
@@ -473,19 +472,16 @@ class TorchScorer:
         ``StepScores.means``.
 
         Raises PoolExhaustedError."""
-        steps, pool, context = self._steps, self.pool, self._context
-        if steps is None or not counts or not steps.fits(len(counts), max(counts)) or not min(counts):
-            return None
-        if ids.view(np.uint32).max() >= self._vocab_size:  # negative ids are the largest then
+        steps = self._steps
+        if steps is None or not counts or 0 in counts or not steps.fits(len(counts), max(counts)):
             return None
         if not record and not steps.recorded(len(counts), max(counts), longest(before, appended)):
             return None
-        rows = StepRows.of(pool, context, before, appended)
+        rows = StepRows.of(self.pool, self._context, before, appended)
         if rows is None:
             return None
         try:
-            blocks = [own.blocks for own in rows.held]
-            launched = steps.launch(blocks, rows.lengths, counts, ids, rows.promotions, utilities)
+            launched = steps.launch(rows.blocks, rows.lengths, counts, ids, rows.promotions, utilities)
         except GraphError as error:
             _log.warning("decoding steps run without CUDA graphs, and slower: %s", error)
             self._steps = None
@@ -496,7 +492,9 @@ class TorchScorer:
             self._keep(capture)
             return states
 
-        try:  # while the device is at work
+        try:  # while the device is at work, for which an id that is none is as good as another
+            if np.maximum.reduce(ids.view(np.uint32)) >= self._vocab_size:  # negative ids are the largest then
+                return None
             size = len(rows.lengths)
             means = None if launched.means is None else launched.means[:size]
             found = StepScores(rows.lengths, rows.logits(), launched.numbers[:size], means, counts, made)
