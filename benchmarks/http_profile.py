@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from _load import ROOT
 from http_path import GENERATOR, Bodies, offered
 
 from lenvm.backbones import load_tokenizer, resolve_backbone
-from lenvm.scoring import RowScore, ScoreRow
+from lenvm.scoring import StepScores
 from lenvm_client import CandidateScorer, Client, GuidedDecoder, GuidedRow, WeightedRow
 from lenvm_service.engine import EngineOptions
 from lenvm_service.local import JobScorer
@@ -131,16 +131,20 @@ def guided_step(options: argparse.Namespace) -> dict[str, Any]:
     """What guidance adds to a step, the model's time left out."""
     engine = InstantEngine("instant", "", EngineOptions())
     engine._load()
-    eos_id, instant, hidden = engine.eos_ids[0], engine.core.scorer.score, []
+    scorer: Any = engine.core.scorer
+    eos_id, instant, hidden = engine.eos_ids[0], scorer.step, []
 
-    def score(rows: Sequence[ScoreRow], meanwhile: Callable[[], None] | None = None) -> list[RowScore]:
-        since = time.perf_counter()
-        if meanwhile is not None:
-            meanwhile()
-        hidden.append(1e3 * (time.perf_counter() - since))
-        return instant(rows)
+    def step(*given: Any, **options: Any) -> StepScores:
+        *others, meanwhile = given
 
-    engine.core.scorer.score = score  # type: ignore[method-assign]
+        def timed(found: StepScores) -> None:
+            since = time.perf_counter()
+            meanwhile(found)
+            hidden.append(1e3 * (time.perf_counter() - since))
+
+        return instant(*others, timed, **options)
+
+    scorer.step = step
     local = JobScorer(lambda jobs: engine.core.run(jobs))
     found: dict[str, Any] = {"rows": options.rows, "candidates": options.candidates}
     with serving(LAYERS["engine, no model"], options) as (port, _), Client(f"http://127.0.0.1:{port}") as client:

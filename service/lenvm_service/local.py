@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -11,8 +13,10 @@ from lenvm.config import DEFAULT_MODEL
 from lenvm.errors import InvalidRequestError, LenVMError
 from lenvm.guidance import Objective
 from lenvm_client import CandidateInput, CandidateScores, InternalServerError, RowError
+from lenvm_client._columns import StepAnswers, StepRows
 from lenvm_client.errors import service_error
 from lenvm_service.engine import CandidateJob, EngineCore, EngineOptions, Prefix, Result, load_core
+from lenvm_service.engine.jobs import STEP_COLUMNS, Job, StepJob
 
 __all__ = ["JobScorer", "LocalScorer"]
 
@@ -27,7 +31,7 @@ class JobScorer:
         tenant: whose prefixes they are.
     """
 
-    def __init__(self, run: Callable[[Sequence[CandidateJob]], Sequence[Result]], tenant: str = "") -> None:
+    def __init__(self, run: Callable[[Sequence[Job]], Sequence[Result]], tenant: str = "") -> None:
         self._run = run
         self._tenant = tenant
 
@@ -37,7 +41,7 @@ class JobScorer:
         Raises InternalServerError of ``lenvm_client`` where the model itself fails, so that guided decoding may go on
         without it.
         """
-        jobs: list[CandidateJob] = []
+        jobs: list[Job] = []
         results: dict[int, Result] = {}
         places: list[int] = []
         for at, row in enumerate(rows):
@@ -46,12 +50,42 @@ class JobScorer:
                 places.append(at)
             except LenVMError as error:
                 results[at] = error
+        results.update(zip(places, self._results(jobs), strict=True))
+        return [_answer(at, results[at]) for at in range(len(rows))]
+
+    def _results(self, jobs: Sequence[Job]) -> Sequence[Result]:
         try:
-            results.update(zip(places, self._run(jobs), strict=True))
+            return self._run(jobs)
         except Exception as error:
             said = " ".join(str(error).split()) or "no reason given"
             raise InternalServerError(f"the value model failed ({type(error).__name__}: {said})") from error
-        return [_answer(at, results[at]) for at in range(len(rows))]
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether ``GuidedDecoder`` may call ``_score_overlapped``: a subclass may have its own call."""
+        return type(self).score_candidates is JobScorer.score_candidates and "score_candidates" not in self.__dict__
+
+    def _score_overlapped(
+        self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
+    ) -> Sequence[CandidateScores | RowError]:
+        """``score_candidates`` for ``GuidedDecoder``, whose steps go as one job each."""
+        meanwhile()
+        job = _step_job(rows, self._tenant) if isinstance(rows, StepRows) else None
+        if job is None:
+            return self.score_candidates(rows)
+        (result,) = self._results([job])
+        if isinstance(result, LenVMError):
+            return [_answer(at, result) for at in range(len(rows))]
+        columns, errors = result["columns"], result["errors"]
+        weights = columns["log_weights"]
+        # No sum is finite that holds what is not.
+        if not errors and None not in weights and math.isfinite(sum(chain.from_iterable(weights))):
+            numbers = (columns["prefix_tokens"], columns["cached_tokens"], columns["value"], columns["horizon"])
+            return StepAnswers(columns["session"], weights, numbers)
+        fields = [
+            dict(zip(STEP_COLUMNS, row, strict=True)) for row in zip(*map(columns.get, STEP_COLUMNS), strict=True)
+        ]
+        return [_answer(at, errors.get(at) or {"values": (), "horizons": (), **its}) for at, its in enumerate(fields)]
 
 
 class LocalScorer(JobScorer):
@@ -129,6 +163,26 @@ def _job(row: CandidateInput, tenant: str) -> CandidateJob:
         None if row.logprobs is None else _numbers(row.logprobs, "logprobs"),
         _ids(row.eos_ids, "eos_ids"),
         row.return_values,
+    )
+
+
+def _step_job(rows: StepRows, tenant: str) -> StepJob | None:
+    """The rows as one job; None where one is not plainly as it should be, which is told of it by itself."""
+    logprobs, integers = rows.logprobs, (rows.generated, rows.eos_ids, *rows.appended, *rows.candidates)
+    if set(map(type, chain.from_iterable(integers))) != {int}:
+        return None
+    if logprobs is not None and set(map(type, chain.from_iterable(logprobs))) != {float}:
+        return None
+    read: dict[int, Objective | None] = {}
+    try:
+        for wanted in rows.objectives:
+            if id(wanted) not in read:
+                read[id(wanted)] = None if wanted is None else Objective.from_dict(wanted)
+    except InvalidRequestError:
+        return None
+    objectives = [read[id(wanted)] for wanted in rows.objectives]
+    return StepJob(
+        rows.sessions, rows.appended, rows.candidates, rows.generated, objectives, logprobs, rows.eos_ids, tenant
     )
 
 

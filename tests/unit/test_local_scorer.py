@@ -15,9 +15,11 @@ from lenvm_client import (
     GuidedDecoder,
     GuidedRow,
     InternalServerError,
+    InvalidRequestError,
     OverloadedError,
     RowError,
 )
+from lenvm_service.engine.jobs import CandidateJob, Job, StepJob
 from lenvm_service.errors import OverloadedError as PoolFull
 from lenvm_service.local import LocalScorer
 
@@ -99,3 +101,108 @@ def test_a_failing_model_is_a_typed_error_and_no_end_of_a_generation(
     (answer,) = decoder.step([GuidedRow(prefix=[5, 6], candidates=[7, 2], logprobs=[-0.5, -1.0], objective=TILT)])
     assert not answer.guided
     assert decoder.report([]).errors == {"internal": 1}
+
+
+class TestSteps:
+    """A decoder's step is one job, and its answers are those of its rows."""
+
+    @staticmethod
+    def decoded(scorer: LocalScorer, steps: int = 4, **changed: Any) -> tuple[list[Any], str, list[Job]]:
+        """Answers and report of some steps of three rows, and every job that they were."""
+        jobs, run = list[Job](), scorer._run
+        scorer._run = lambda its: jobs.extend(its) or run(its)  # type: ignore[func-returns-value]
+        decoder = GuidedDecoder(scorer, [2], on_error="raise")
+        found: list[Any] = []
+        last: list[Any] = [None] * 3
+        prefixes = [[5, 6, 7], [8, 9], [4, 4, 4, 4]]
+        for step in range(steps):
+            rows = [
+                GuidedRow(
+                    prefix=list(prefix), candidates=[20 + step, 11, 2], logprobs=[-1.0, -2.0, -3.0 - step],
+                    generated=step, after=after, **{"objective": TILT, **changed},
+                )
+                for prefix, after in zip(prefixes, last, strict=True)
+            ]  # fmt: skip
+            last = decoder.step(rows)
+            found.append([[*answer.log_weights, answer.guided] for answer in last])
+            for prefix in prefixes:
+                prefix.append(11)
+        ended = [GuidedRow(prefix=prefix, generated=steps, objective=TILT) for prefix in prefixes]
+        scorer._run = run
+        return found, str(decoder.report(ended).rows), jobs
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {},
+            {"objective": {"kind": "equal_to", "target": 9}},
+            {"objective": {"kind": "at_most", "target": 9, "method": "paper"}},
+        ],
+        ids=["tilt", "equal_to", "paper"],
+    )  # fmt: skip
+    def test_as_row_by_row(self, tiny_checkpoint: Path, changed: dict[str, Any]) -> None:
+        class ByRows(LocalScorer):
+            def score_candidates(self, rows: Any) -> Any:  # a call of its own, which gets what it expects
+                assert type(rows) is list
+                return super().score_candidates(rows)
+
+        found, report, jobs = self.decoded(LocalScorer(tiny_checkpoint), **changed)
+        wanted, by_rows, rows = self.decoded(ByRows(tiny_checkpoint), **changed)
+        assert [type(job) for job in jobs] == [CandidateJob] * 3 + [StepJob] * 3
+        assert [type(job) for job in rows] == [CandidateJob] * 12
+        assert report == by_rows
+        for ours, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        assert all(row[-1] for step in found for row in step)
+
+    def test_a_session_that_is_gone_is_sent_again_whole(self, scorer: LocalScorer) -> None:
+        wanted, _, _ = self.decoded(scorer)
+        run, lost = scorer._run, list[int]()
+
+        def forgetful(jobs: Any) -> Any:
+            if isinstance(jobs[0], StepJob) and not lost:
+                lost.append(1)
+                jobs[0].sessions[1] = "no session of ours"
+            return run(jobs)
+
+        scorer._run = forgetful
+        found, report, jobs = self.decoded(scorer)
+        for ours, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        assert lost
+        assert report.count("prefix_resends=1") == 1
+        assert [type(job) for job in jobs] == [CandidateJob] * 3 + [StepJob, CandidateJob, StepJob, StepJob]
+
+    def test_what_is_no_plain_row_is_told_of_that_row(self, scorer: LocalScorer) -> None:
+        decoder, good = GuidedDecoder(scorer, [2], on_error="raise"), {"kind": "equal_to", "target": 9}
+        last: list[Any] = [None, None]
+        for step, second in enumerate((good, good, good | {"target": "x"})):
+            rows = [
+                GuidedRow(
+                    prefix=[5, token, *[7] * step], candidates=[7, 4], logprobs=[-1.0, -2.0], generated=step,
+                    objective=objective, after=after,
+                )
+                for token, objective, after in zip((6, 8), (good, second), last, strict=True)
+            ]  # fmt: skip
+            if second is good:
+                last = decoder.step(rows)
+                continue
+            with pytest.raises(InvalidRequestError, match="target") as caught:
+                decoder.step(rows)
+            assert caught.value.param == "target"
+
+    def test_a_call_that_fails_as_a_whole_fails_each_row(self, scorer: LocalScorer) -> None:
+        run = scorer._run
+        scorer._run = lambda jobs: [PoolFull("full", retry_after_s=31.0)] if isinstance(jobs[0], StepJob) else run(jobs)
+        decoder = GuidedDecoder(scorer, [2])
+        last: list[Any] = [None, None]
+        for step in range(2):
+            last = decoder.step(
+                [
+                    GuidedRow(prefix=[5, token, *[7] * step], candidates=[7, 9], generated=step, objective=TILT,
+                              logprobs=[-1.0, -1.0], after=after)
+                    for token, after in zip((6, 8), last, strict=True)
+                ]
+            )  # fmt: skip
+        assert [answer.guided for answer in last] == [False, False]
+        assert decoder.report([]).errors == {"overloaded": 2}

@@ -20,7 +20,7 @@ from lenvm.backbones import KNOWN_BACKBONES, cache_root
 from lenvm.errors import BackboneError, InvalidRequestError, LenVMError
 from lenvm.guidance import Objective
 from lenvm_service.api.ports import EngineLike
-from lenvm_service.engine.jobs import CandidateJob, Result
+from lenvm_service.engine.jobs import Job, Result
 from lenvm_service.engine.loading import LOADING
 from lenvm_service.local import JobScorer
 from lenvm_service.ui.asking import Prompted
@@ -150,10 +150,8 @@ def check_reach(objective: Objective, max_new_tokens: int) -> None:
             )
 
 
-def _engine_run(
-    engine: EngineLike, loop: asyncio.AbstractEventLoop
-) -> Callable[[Sequence[CandidateJob]], Sequence[Result]]:
-    def run(jobs: Sequence[CandidateJob]) -> Sequence[Result]:
+def _engine_run(engine: EngineLike, loop: asyncio.AbstractEventLoop) -> Callable[[Sequence[Job]], Sequence[Result]]:
+    def run(jobs: Sequence[Job]) -> Sequence[Result]:
         future = asyncio.run_coroutine_threadsafe(engine.submit(jobs), loop)
         try:
             return future.result(_STEP_TIMEOUT_S).results
