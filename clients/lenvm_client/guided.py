@@ -124,7 +124,8 @@ class GuidedDecoder(Core):
     def _scored(
         self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
     ) -> Sequence[CandidateScores | RowError]:
-        """The scorer's answers; where that is plainly a ``Client``, the step catches up during the call."""
+        """The scorer's answers. Some take a step's rows side by side; a ``Client`` also lets the step catch up while it
+        waits."""
         found: Sequence[CandidateScores | RowError]
         if self._side_by_side:
             found = self.scorer._score_overlapped(rows, meanwhile)

@@ -27,7 +27,8 @@ class JobScorer:
     It answers as the service does, row errors and session handles included. Rows give ``token_ids`` or a ``session``.
 
     Args:
-        run: jobs -> results, aligned.
+        run: jobs -> results, aligned (``EngineCore.run``). Rows come as a ``CandidateJob`` each; a step of
+            ``GuidedDecoder`` of several rows that go on from sessions as one ``StepJob``.
         tenant: whose prefixes they are.
     """
 
@@ -68,8 +69,8 @@ class JobScorer:
     def _score_overlapped(
         self, rows: Sequence[CandidateInput], meanwhile: Callable[[], None]
     ) -> Sequence[CandidateScores | RowError]:
-        """``score_candidates`` for ``GuidedDecoder``, whose steps go as one job each."""
-        meanwhile()
+        """``score_candidates`` for ``GuidedDecoder``, whose steps go as one job each. ``meanwhile`` is not called:
+        there is nothing to wait for beside it."""
         job = _step_job(rows, self._tenant) if isinstance(rows, StepRows) else None
         if job is None:
             return self.score_candidates(rows)

@@ -40,9 +40,11 @@ for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64
 
     # Raw products, every row as wide, and more queries than a tile of them holds: rotated inside, and kept.
     from lenvm.fused import norm, rotate
+    from lenvm.paged import kernels
     from lenvm.paged.kernels import Rotation, StepScratch, promote_tokens
 
-    for splits in (1, 3):
+    for splits, least in ((1, 4), (3, 4), (3, 1)):  # the last: as many shares as there are tiles
+        kernels._LEAST = least
         width = 30
         raw = torch.randn(4 * width, heads + 2 * kv_heads, dim)
         q, k, v = raw.transpose(0, 1).split([heads, kv_heads, kv_heads])
@@ -53,9 +55,8 @@ for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64
         made = StepScratch.make(4, heads, kv_heads, width, q)
         programs = len(made.counts)
         block = programs and max(16, min(64, 1 << (width * heads // kv_heads - 1).bit_length()))
-        scratch = StepScratch(
-            splits, torch.empty(programs * splits * block, dim), torch.empty(programs * splits * block, 2), made.counts
-        )
+        places = programs * splits * block
+        scratch = StepScratch(splits, torch.empty(places, dim), torch.full((places,), float("nan")), made.counts)
         out = step_attention(
             q, k, v, pool_k, pool_v, tables, lengths, None, width, dim**-0.5, scratch, rotation
         )
@@ -72,6 +73,16 @@ for heads, kv_heads, dim, size in ((9, 3, 32, 32), (6, 2, 16, 16), (4, 4, 32, 64
             torch.arange(5) * width, width, dim**-0.5,
         )
         torch.testing.assert_close(out, plain, atol=5e-5, rtol=0)
+
+    kernels._LEAST = 4
+
+    # Of an id that is none the embedding is another's: nothing is read outside the table.
+    from lenvm.paged.layer_kernels import Stream, embed
+
+    table, ids = torch.randn(11, dim), torch.tensor([-1, 3, 11, (1 << 31) - 1, -(1 << 31)], dtype=torch.int32)
+    stream = Stream.make(len(ids), dim, 1, table)
+    embed(ids, table, torch.ones(dim), stream)
+    assert torch.equal(stream.hidden, table[[0, 3, 10, 10, 0]])
 
     # The head from its first product on.
     from lenvm.config import HeadConfig

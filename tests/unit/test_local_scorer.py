@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lenvm_client import (
 from lenvm_service.engine.jobs import CandidateJob, Job, StepJob
 from lenvm_service.errors import OverloadedError as PoolFull
 from lenvm_service.local import LocalScorer
+from tests.support.cpu_steps import compute_on_cpu, with_graphs
 
 TILT = {"kind": "tilt", "lambda": 0.5}
 GOOD = CandidateInput(token_ids=[5, 6, 7], candidates=[8, 2], logprobs=[-0.5, -1.0], objective=TILT)
@@ -108,7 +110,7 @@ class TestSteps:
 
     @staticmethod
     def decoded(scorer: LocalScorer, steps: int = 4, **changed: Any) -> tuple[list[Any], str, list[Job]]:
-        """Answers and report of some steps of three rows, and every job that they were."""
+        """Answers and text costs of some steps of three rows, what else the report says, and every job."""
         jobs, run = list[Job](), scorer._run
         scorer._run = lambda its: jobs.extend(its) or run(its)  # type: ignore[func-returns-value]
         decoder = GuidedDecoder(scorer, [2], on_error="raise")
@@ -129,7 +131,9 @@ class TestSteps:
                 prefix.append(11)
         ended = [GuidedRow(prefix=prefix, generated=steps, objective=TILT) for prefix in prefixes]
         scorer._run = run
-        return found, str(decoder.report(ended).rows), jobs
+        rows = decoder.report(ended).rows
+        found.append([[row.text_cost] for row in rows])
+        return found, str([replace(row, text_cost=0.0) for row in rows]), jobs
 
     @pytest.mark.parametrize(
         "changed",
@@ -140,20 +144,28 @@ class TestSteps:
         ],
         ids=["tilt", "equal_to", "paper"],
     )  # fmt: skip
-    def test_as_row_by_row(self, tiny_checkpoint: Path, changed: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("graphs", [False, True], ids=["rows in the engine", "columns in the engine"])
+    def test_as_row_by_row(
+        self, tiny_checkpoint: Path, changed: dict[str, Any], graphs: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         class ByRows(LocalScorer):
             def score_candidates(self, rows: Any) -> Any:  # a call of its own, which gets what it expects
                 assert type(rows) is list
                 return super().score_candidates(rows)
 
-        found, report, jobs = self.decoded(LocalScorer(tiny_checkpoint), **changed)
+        scorer = LocalScorer(tiny_checkpoint)
+        if graphs:
+            compute_on_cpu(monkeypatch)
+            with_graphs(scorer.core.scorer)  # type: ignore[arg-type]
+        found, report, jobs = self.decoded(scorer, **changed)
+        assert not graphs or scorer.core.scorer.stats.promoted == 9  # every step of three rows but the first
         wanted, by_rows, rows = self.decoded(ByRows(tiny_checkpoint), **changed)
         assert [type(job) for job in jobs] == [CandidateJob] * 3 + [StepJob] * 3
         assert [type(job) for job in rows] == [CandidateJob] * 12
         assert report == by_rows
         for ours, theirs in zip(found, wanted, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
-        assert all(row[-1] for step in found for row in step)
+        assert all(row[-1] for step in found[:-1] for row in step)
 
     def test_a_session_that_is_gone_is_sent_again_whole(self, scorer: LocalScorer) -> None:
         wanted, _, _ = self.decoded(scorer)

@@ -212,8 +212,9 @@ class StepScratch:
     """What the shares of a prefix are put together in; one for all layers of a forward, one after another, and for
     forwards that follow each other.
 
-    ``parts [programs x splits x BM, D]`` of the queries' precision, ``stats [programs x splits x BM, 2]`` float32,
-    ``counts [programs]`` int32, 0 between layers. Programs: rows x tiles of queries x key heads.
+    ``parts [programs x splits x BM, D]`` of the queries' precision (each share's mean), ``stats [programs x splits x
+    BM]`` float32 (the binary logarithm of its sum), ``counts [programs]`` int32, 0 between layers. Programs: rows x
+    tiles of queries x key heads.
     """
 
     splits: int
@@ -239,7 +240,7 @@ class StepScratch:
         return cls(
             splits,
             torch.empty(places, dim, dtype=query.dtype, device=device),
-            torch.empty(places, 2, dtype=torch.float32, device=device),
+            torch.empty(places, dtype=torch.float32, device=device),
             torch.zeros(programs, dtype=torch.int32, device=device),
         )
 

@@ -62,7 +62,7 @@ class StepRows:
         promotions: list[int] = []
         size, capture, advance = pool.block_size, None, pool.advance
         for state, new in zip(before, appended, strict=True):
-            # Places that are taken for a call that turns out to be none are never filled: a child copies the block.
+            # Places that are taken for a call that turns out to be none belong to nobody: a child copies the block.
             if not isinstance(state, TorchState) or state.pool is not pool or (own := state.held) is None:
                 return None
             length, own_blocks = state.length, own.blocks

@@ -469,7 +469,7 @@ class TorchScorer:
         for any other call, or where this GPU or driver would not record the step (for good); with ``record`` False also
         where the graph is not there yet, whose recording takes a second or so. ``meanwhile`` is called with the answer
         while the device is at work: its numbers are not there yet. ``utilities [n]``: of each bin, for
-        ``StepScores.means``.
+        ``StepScores.means``. Ids out of range are found then, too: such a call is run, and is none all the same.
 
         Raises PoolExhaustedError."""
         steps = self._steps
