@@ -48,7 +48,8 @@ def _step(self: _StepGraph) -> None:
 def _score(graph: _StepGraph, model: LengthValueModel, row: int, length: int) -> None:
     pool, width = graph.pool, graph.width
     blocks = graph.tables[row, : math.ceil(length / pool.block_size)].tolist()
-    plan = build_plan(pool, [Row(blocks, length, [], graph.ids[row].tolist())])
+    ids = graph.ids[row].clamp(0, model.decoder.config.vocab_size - 1)  # as the graph does with ids that are none
+    plan = build_plan(pool, [Row(blocks, length, [], ids.tolist())])
     head = model.head(packed_forward(model.decoder, plan))
     place = slice(row * width, (row + 1) * width)
     graph.numbers[place, 0] = head.logits.float()

@@ -155,6 +155,7 @@ ODD: dict[str, dict[str, Any]] = {
     "a token twice": {"candidates": [5, 5, 6, 7]},
     "outside the vocabulary": {"candidates": [5, 128, 6, 7]},
     "negative": {"candidates": [5, -1, 6, 7]},
+    "none, and said to end the answer": {"candidates": [5, 200, 6, 7]},
     "no 32-bit integer": {"candidates": [5, 1 << 40, 6, 7]},
     "no candidates": {"candidates": []},
     "more generated than there is": {"generated": 1000},
@@ -172,7 +173,7 @@ def test_one_odd_row_gets_its_error_and_its_neighbours_their_answers(
         loop = Loop(its, [EQUAL] * 3)
         loop.take(its.run([loop.job()])[0])
         used = its.scorer.pool.used_blocks
-        (result,) = its.run([odd(loop.job(), 1, **changed)])
+        (result,) = its.run([odd(replace(loop.job(), eos_ids=(200,)), 1, **changed)])
         assert isinstance(result, dict)
         assert set(result["errors"]) == {1}
         error = result["errors"][1]

@@ -65,8 +65,8 @@ class _NotPlainError(Exception):
 class _Step:
     """The rows of some steps, with what must be known before the launch.
 
-    ``terminal`` [T]: which candidates, all rows' one after another, end the answer, and so are not scored; ``ids`` [S]:
-    the others, ``counts[r]`` of row r.
+    ``flat`` [T]: all candidates, one row's after another's; ``terminal`` [T]: which of them end the answer, and so are
+    not scored; ``ids`` [S]: the others, ``counts[r]`` of row r.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class _Step:
         jobs: Sequence[StepJob],
         sessions: Sequence[Session],
         candidates: Sequence[Sequence[int]],
+        flat: NDArray[np.int32],
         terminal: NDArray[np.bool_],
-        ids: NDArray[np.int32],
         counts: Sequence[int],
     ) -> None:
         self.core, self.jobs, self.sessions, self.candidates = core, jobs, sessions, candidates
-        self.terminal, self.ids, self.counts = terminal, ids, counts
+        self.flat, self.terminal, self.ids, self.counts = flat, terminal, flat[~terminal], counts
         self.appended = [new for job in jobs for new in job.appended]
         self.generated = [count for job in jobs for count in job.generated]
         self.objectives = [objective for job in jobs for objective in job.objectives]
@@ -101,8 +101,6 @@ class _Step:
         if len(packed) < len(jobs) or not all(sizes):
             return None
         flat = packed[0] if len(packed) == 1 else np.concatenate(packed)
-        if flat.view(np.uint32).max() >= core.scorer.vocab_size:  # negative ids are the largest then
-            return None
         terminal = _ends(core, jobs, flat)
         starts = np.array([0, *accumulate(sizes[:-1])])
         counts: list[int] = np.add.reduceat(~terminal, starts, dtype=np.intp).tolist()
@@ -110,7 +108,7 @@ class _Step:
         if not min(counts) or needed >= core.scorer.pool.max_blocks:
             return None
         core.prefixes.make_room(core.scorer, needed)
-        return cls(core, jobs, sessions, candidates, terminal, flat[~terminal], counts)
+        return cls(core, jobs, sessions, candidates, flat, terminal, counts)
 
     def answers(self, *, record: bool) -> list[Result] | None:
         """See ``answer_steps``."""
@@ -131,11 +129,12 @@ class _Step:
         return None if found is None else self._answers(found)
 
     def _check(self, lengths: Sequence[int]) -> None:
-        """Raise _NotPlainError for candidates that come twice, more content tokens than tokens, or an objective that
-        cannot be answered as it stands."""
+        """Raise _NotPlainError for candidates that come twice or are no ids (the scorer has looked at those that it
+        scores), more content tokens than tokens, or an objective that cannot be answered as it stands."""
         twice = any(len(set(ids)) != len(ids) for ids in self.candidates)
         if (
             twice
+            or self.flat.view(np.uint32).max() >= self.core.scorer.vocab_size  # negative ids are the largest then
             or any(not 0 <= count <= length for count, length in zip(self.generated, lengths, strict=True))
             or not all(_suits(self.core, job) for job in self.jobs)
         ):
