@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help install pull demo serve stop check audit docs dist sbom licences redis prometheus chromium tools llama-cpp \
-  engines test bench clean
+  nvrtc engines test bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -113,6 +113,10 @@ tools: install
 llama-cpp: install
 	@$(BIN)/python tests/support/llama_cpp_wheel.py
 
+# The compiler of CUDA C++, with which a test compiles our kernel, into build/nvrtc.
+nvrtc: install
+	@$(BIN)/python tests/support/nvrtc_wheel.py
+
 # The interface files of vLLM, SGLang, Dynamo and llama-cpp-python, which tests read, into build/engines.
 engines: install
 	@$(BIN)/python tests/support/engine_sources.py
@@ -125,7 +129,7 @@ audit: install
 	else echo "audit: not run: PyPI's advisories cannot be reached from here"; fi
 
 # With the backbone there, nothing may be skipped for want of it.
-test: pull redis prometheus chromium tools llama-cpp engines
+test: pull redis prometheus chromium tools llama-cpp nvrtc engines
 	LENVM_REQUIRE_REAL=1 $(BIN)/python -m pytest $(ARGS)
 
 bench: pull

@@ -1,4 +1,5 @@
-"""Triton kernel of a decoding step: candidates (or one new token) over a paged prefix."""
+"""Triton kernel of a decoding step: candidates (or one new token) over a paged prefix. On Hopper a kernel in CUDA
+(``hopper``) takes its place for the shapes that it knows."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lenvm.paged import hopper
 from lenvm.paged.layer_kernels import carved, fetch, launch_options, launches_early
 
 __all__ = ["Rotation", "StepScratch", "promote_tokens", "rotate_and_store", "step_attention", "store_tokens"]
@@ -299,6 +301,12 @@ def step_attention(
     Returns:
         ``[N, heads, D]``.
     """
+    if (
+        starts is None
+        and rotation is not None
+        and hopper.suits(query, keys, values, pool_keys, pool_values, tables, prefix_lens, width, rotation)
+    ):
+        return hopper.step_attention(query, keys, pool_keys, pool_values, tables, prefix_lens, width, scaling, rotation)
     heads, tokens, dim = query.shape
     kv_heads, rows, size = keys.shape[0], tables.shape[0], pool_keys.shape[2]
     if scratch is None:
