@@ -8,6 +8,7 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -42,6 +43,7 @@ inline thread_local Index thread, block;
 
 alignas(1024) inline unsigned char memory[256 << 10];
 constexpr u32 BEGIN = 1024;  // shared memory's addresses: not 0, as on the GPU
+inline u32 size;             // of what was asked for
 
 // Barriers by number: bar.sync and bar.arrive.
 struct Barrier {
@@ -80,11 +82,15 @@ inline bool eager = false;
 inline const void *late_begin = nullptr, *late_end = nullptr;
 inline thread_local bool waited;
 
-inline unsigned char* at(u32 address) { return memory + (address - BEGIN); }
+inline unsigned char* at(u32 address) {
+  if (address < BEGIN || address + 16 > BEGIN + size) std::abort();
+  return memory + (address - BEGIN);
+}
 
 template <class Kernel>
-void launch(int columns, int rows, int threads, Kernel kernel) {
+void launch(int columns, int rows, int threads, u32 shared, Kernel kernel) {
   threads_of_block = threads;
+  size = shared;
   std::vector<Warp> all(threads / 32);
   warps = all.data();
   for (int y = 0; y < rows; y++)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import lenvm.paged
 from lenvm.fused import rotate
+from lenvm.paged import hopper
 
 PAGED = Path(lenvm.paged.__file__).parent
 EMULATED = Path(__file__).parents[1] / "support" / "emulated_hopper.h"
@@ -29,12 +34,13 @@ SHAPES = [
 
 ARGUMENTS = "qkv, pool_k, pool_v, tables, lengths, out, cos, sin, kept_k, kept_v, scale, block, head, columns"
 RUN = f"""
-extern "C" void run(int eager, int rows, const bf16* qkv, const bf16* pool_k, const bf16* pool_v, const int* tables,
-                    const int* lengths, bf16* out, const float* cos, const float* sin, bf16* kept_k, bf16* kept_v,
-                    float scale, u64 block, u64 head, int columns) {{
+extern "C" void run(int eager, int columns_of_blocks, int rows_of_blocks, int threads, u32 shared, const bf16* qkv,
+                    const bf16* pool_k, const bf16* pool_v, const int* tables, const int* lengths, bf16* out,
+                    const float* cos, const float* sin, bf16* kept_k, bf16* kept_v, float scale, u64 block, u64 head,
+                    int columns) {{
   emulated::eager = eager;
-  emulated::late_begin = qkv, emulated::late_end = qkv + rows * WIDTH * LINE;
-  emulated::launch(rows * GROUPS, KV, THREADS, [=] {{ step_attention({ARGUMENTS}); }});
+  emulated::late_begin = qkv, emulated::late_end = qkv + columns_of_blocks / GROUPS * WIDTH * LINE;
+  emulated::launch(columns_of_blocks, rows_of_blocks, threads, shared, [=] {{ step_attention({ARGUMENTS}); }});
 }}
 """
 # Prefixes of no pass, of one, of two and of more, for the thread sanitizer: zeros, each block of the prefix the same.
@@ -47,8 +53,9 @@ int main() {
   std::vector<int> tables(rows * columns, 1);
   std::vector<float> angles(1000 * D / 2);
   for (int eager = 0; eager < 2; eager++)
-    run(eager, rows, qkv.data(), pool.data(), pool.data(), tables.data(), lengths, out.data(), angles.data(),
-        angles.data(), kept.data(), kept.data() + kept.size() / 2, 0.2f, KV * SIZE * D, SIZE * D, columns);
+    run(eager, rows, KV, THREADS, 227 << 10, qkv.data(), pool.data(), pool.data(), tables.data(), lengths, out.data(),
+        angles.data(), angles.data(), kept.data(), kept.data() + kept.size() / 2, 0.2f, KV * SIZE * D,
+        SIZE * D, columns);
   std::puts("done");
 }
 """
@@ -73,9 +80,38 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return ctypes.CDLL(str(library)), request.param
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["copies late", "copies early"])
-def test_as_softmax_over_prefix_and_oneself(built: tuple[ctypes.CDLL, tuple], eager: bool) -> None:
-    library, (group, kv_heads, width, prefixes) = built
+@pytest.fixture(params=[False, True], ids=["copies late", "copies early"])
+def attention(built: tuple[ctypes.CDLL, tuple], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Attention with a driver that launches on this machine."""
+    from lenvm.paged import kernels
+
+    def launch(config: Any, function: object, given: tuple[tuple, tuple], _: int) -> tuple[int]:
+        assert function == "the kernel"
+        assert config.sharedMemBytes <= 227 << 10  # of a block on Hopper
+        values = [kind(value) for value, kind in zip(*given, strict=True)]
+        built[0].run(
+            int(request.param), config.gridDimX, config.gridDimY, config.blockDimX, config.sharedMemBytes, *values
+        )
+        return (0,)
+
+    parts = ("CUlaunchConfig", "CUlaunchAttribute", "CUlaunchAttributeValue")
+    kinds = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    driver = SimpleNamespace(
+        **dict.fromkeys(parts, SimpleNamespace), CUlaunchAttributeID=kinds, cuLaunchKernelEx=launch
+    )
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(hopper, "suits", hopper.reads)
+    monkeypatch.setattr(hopper, "_kernel", lambda *_: "the kernel")
+    return kernels.step_attention
+
+
+def test_as_softmax_over_prefix_and_oneself(built: tuple[ctypes.CDLL, tuple], attention: Any) -> None:
+    from lenvm.paged.kernels import Rotation
+
+    group, kv_heads, width, prefixes = built[1]
     torch.manual_seed(0)
     rows, heads = len(prefixes), group * kv_heads
     columns = max(prefixes) // SIZE + 2
@@ -84,15 +120,10 @@ def test_as_softmax_over_prefix_and_oneself(built: tuple[ctypes.CDLL, tuple], ea
     tables = (1 + torch.randperm(rows * columns)).view(rows, columns).int()
     qkv = torch.randn(rows * width, heads + 2 * kv_heads, DIM).bfloat16()
     angle = torch.arange(1100)[:, None] * 10000 ** (-torch.arange(DIM // 2) / (DIM // 2))
-    cos, sin = angle.cos().contiguous(), angle.sin().contiguous()
-    out = torch.full((rows * width, heads, DIM), float("nan")).bfloat16()
     kept = torch.full((2, rows * width, kv_heads, DIM), float("nan")).bfloat16()
-    library.run(
-        int(eager), rows,
-        *(ctypes.c_void_p(x.data_ptr()) for x in (qkv, *pool, tables, lengths, out, cos, sin, *kept)),
-        ctypes.c_float(DIM**-0.5 * 1.4426950408889634), ctypes.c_uint64(kv_heads * SIZE * DIM),
-        ctypes.c_uint64(SIZE * DIM), columns,
-    )  # fmt: skip
+    rotation = Rotation(angle.cos(), angle.sin(), None, None, 1e-5, *kept)
+    query, keys, values = qkv.transpose(0, 1).split([heads, kv_heads, kv_heads])
+    out = attention(query, keys, values, *pool, tables, lengths, None, width, DIM**-0.5, rotation=rotation)
 
     full = angle[lengths.long().repeat_interleave(width)][:, None].repeat(1, 1, 2)
     query, keys, values = qkv.float().split([heads, kv_heads, kv_heads], 1)
@@ -118,7 +149,6 @@ def test_no_thread_reads_what_another_may_still_write(tmp_path: Path) -> None:
 
 
 def test_it_reads_no_layout_but_its_own() -> None:
-    from lenvm.paged import hopper
     from lenvm.paged.kernels import Rotation
 
     raw = torch.zeros(4 * 16, 15, DIM).bfloat16()
@@ -130,7 +160,7 @@ def test_it_reads_no_layout_but_its_own() -> None:
         "prefix_lens": torch.zeros(4, dtype=torch.int32), "width": 16,
         "rotation": Rotation(angle, angle, None, None, 1e-5, *kept),
     }  # fmt: skip
-    assert hopper.reads(**own)
+    assert hopper.reads(hopper.Given(**own))
     one = torch.zeros(DIM)
     others = {
         "query": [query.float(), query.contiguous()],
@@ -157,7 +187,7 @@ def test_it_reads_no_layout_but_its_own() -> None:
     }
     for name, wrong in others.items():
         for value in wrong:
-            assert not hopper.reads(**{**own, name: value}), name
+            assert not hopper.reads(hopper.Given(**{**own, name: value})), name
 
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -168,7 +198,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 def test_on_the_gpu_as_triton(
     group: int, kv_heads: int, width: int, prefixes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lenvm.paged import hopper, kernels
+    from lenvm.paged import kernels
 
     torch.manual_seed(0)
     rows, heads = len(prefixes), group * kv_heads
@@ -185,7 +215,7 @@ def test_on_the_gpu_as_triton(
         kept = torch.zeros(2, rows * width, kv_heads, DIM, **like)
         rotation = kernels.Rotation(angle.cos(), angle.sin(), None, None, 1e-5, *kept)
         if fast:
-            assert hopper.suits(query, keys, values, *pool, tables, lengths, width, rotation)
+            assert hopper.suits(hopper.Given(query, keys, values, *pool, tables, lengths, width, rotation))
         else:
             monkeypatch.setattr(hopper, "suits", lambda *_: False)
         out = kernels.step_attention(

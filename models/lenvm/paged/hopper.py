@@ -23,7 +23,7 @@ import torch
 if TYPE_CHECKING:
     from lenvm.paged.kernels import Rotation
 
-__all__ = ["source", "step_attention", "suits"]
+__all__ = ["Given", "compiled", "options", "reads", "source", "step_attention", "suits"]
 
 _log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
@@ -148,6 +148,20 @@ def _warn(error: str) -> None:
     _log.warning("attention of decoding steps runs by Triton, and slower: %s", error)
 
 
+class Given(NamedTuple):
+    """What attention is given, as :func:`lenvm.paged.kernels.step_attention` says; each row has ``width`` tokens."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    pool_keys: torch.Tensor
+    pool_values: torch.Tensor
+    tables: torch.Tensor
+    prefix_lens: torch.Tensor
+    width: int
+    rotation: Rotation
+
+
 class _Shape(NamedTuple):
     device: int
     group: int
@@ -155,47 +169,27 @@ class _Shape(NamedTuple):
     width: int
 
 
-def _shape(query: torch.Tensor, keys: torch.Tensor, width: int) -> _Shape:
+def _shape(given: Given) -> _Shape:
+    query, keys, width = given.query, given.keys, given.width
     return _Shape(query.get_device(), len(query) // len(keys), len(keys), width)
 
 
-def suits(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    pool_keys: torch.Tensor,
-    pool_values: torch.Tensor,
-    tables: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    width: int,
-    rotation: Rotation,
-) -> bool:
-    """Whether this attention (see :func:`lenvm.paged.kernels.step_attention`; each row ``width`` tokens) can be taken
-    here, and is faster so."""
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) != (9, 0):
-        return False
-    if not reads(query, keys, values, pool_keys, pool_values, tables, prefix_lens, width, rotation):
+def suits(given: Given) -> bool:
+    """Whether this attention can be taken here, and is faster so."""
+    query, kv_heads = given.query, len(given.keys)
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) != (9, 0) or not reads(given):
         return False
     # A long prefix is one program's, where Triton's kernel gives shares of it to several.
-    programs = len(tables) * -(-width * len(query) // len(keys) // _ROWS) * len(keys)
+    programs = len(given.tables) * -(-given.width * len(query) // kv_heads // _ROWS) * kv_heads
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    if tables.shape[1] * _SIZE > _LONG and 3 * programs < processors:
+    if given.tables.shape[1] * _SIZE > _LONG and 3 * programs < processors:
         return False
-    return _kernel(*_shape(query, keys, width)) is not None
+    return _kernel(*_shape(given)) is not None
 
 
-def reads(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    pool_keys: torch.Tensor,
-    pool_values: torch.Tensor,
-    tables: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    width: int,
-    rotation: Rotation,
-) -> bool:
+def reads(given: Given) -> bool:
     """Whether the kernel reads tensors of these types and layouts, which it gets as addresses."""
+    query, keys, values, pool_keys, pool_values, tables, prefix_lens, width, rotation = given
     heads, tokens, dim = query.shape
     kv_heads, group = len(keys), len(query) // len(keys)
     line, element = (heads + 2 * kv_heads) * dim, query.element_size()
@@ -221,17 +215,7 @@ def reads(
     )
 
 
-def step_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    pool_keys: torch.Tensor,
-    pool_values: torch.Tensor,
-    tables: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    width: int,
-    scaling: float,
-    rotation: Rotation,
-) -> torch.Tensor:
+def step_attention(given: Given, scaling: float) -> torch.Tensor:
     """:func:`lenvm.paged.kernels.step_attention` where it :func:`suits`. May be launched before the kernel in front is
     done.
 
@@ -240,8 +224,9 @@ def step_attention(
     """
     from cuda.bindings import driver
 
+    query, keys, _, pool_keys, pool_values, tables, prefix_lens, width, rotation = given
     heads, tokens, dim = query.shape
-    shape = _shape(query, keys, width)
+    shape = _shape(given)
     out = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = len(tables) * -(-width * shape.group // _ROWS), len(keys), 1
@@ -254,12 +239,12 @@ def step_attention(
     value.programmaticStreamSerializationAllowed = 1
     early.value = value
     config.attrs, config.numAttrs = [early], 1
-    given = (
+    values = (
         query.data_ptr(), pool_keys.data_ptr(), pool_values.data_ptr(), tables.data_ptr(), prefix_lens.data_ptr(),
         out.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), rotation.kept_keys.data_ptr(),
         rotation.kept_values.data_ptr(), scaling * 1.4426950408889634, pool_keys.stride(0), pool_keys.stride(1),
         tables.shape[1],
     )  # fmt: skip
     with torch.cuda.device(query.device):
-        _checked(driver.cuLaunchKernelEx(config, _kernel(*shape), (given, _TYPES), 0))
+        _checked(driver.cuLaunchKernelEx(config, _kernel(*shape), (values, _TYPES), 0))
     return out

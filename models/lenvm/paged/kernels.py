@@ -301,12 +301,10 @@ def step_attention(
     Returns:
         ``[N, heads, D]``.
     """
-    if (
-        starts is None
-        and rotation is not None
-        and hopper.suits(query, keys, values, pool_keys, pool_values, tables, prefix_lens, width, rotation)
-    ):
-        return hopper.step_attention(query, keys, pool_keys, pool_values, tables, prefix_lens, width, scaling, rotation)
+    if starts is None and rotation is not None:
+        given = hopper.Given(query, keys, values, pool_keys, pool_values, tables, prefix_lens, width, rotation)
+        if hopper.suits(given):
+            return hopper.step_attention(given, scaling)
     heads, tokens, dim = query.shape
     kv_heads, rows, size = keys.shape[0], tables.shape[0], pool_keys.shape[2]
     if scratch is None:
