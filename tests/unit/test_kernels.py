@@ -493,7 +493,7 @@ print("done")
 def run(script: str, *arguments: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, timeout=900
     )
     assert done.stdout.strip() == "done", done.stderr[-2000:]
 
