@@ -1,6 +1,5 @@
-"""Attention of a step on a Hopper GPU, by a kernel in CUDA C++ (``step_attention.cu``, which says how): half of what
-Triton's takes, whose programs can neither split a prefix among their warps nor begin to read it in earnest before the
-kernel in front is done.
+"""Attention of a step on a Hopper GPU, by a kernel in CUDA C++ (``step_attention.cu``, which says how): Triton's
+programs can neither split a prefix among their warps nor begin to read all of it before the kernel in front is done.
 
 Compiled when it is first needed, by the compiler that torch brings for its own kernels (``cuda-bindings`` and NVRTC,
 both required by torch's builds for CUDA); where that fails, Triton's kernel does it all.
@@ -30,9 +29,8 @@ _HERE = Path(__file__).parent
 _ARCHITECTURE = "sm_90a"
 
 _DIM, _SIZE, _ROWS, _THREADS = 64, 32, 64, 384  # as in the kernel
-_SHARED = (
-    _ROWS * _DIM * 2 + 3 * 12 * _SIZE * _DIM * 2 + 1024
-)  # queries, three rings, and to begin at a multiple of 1024
+# Bytes of queries, of three rings, and to begin at a multiple of 1024.
+_SHARED = _ROWS * _DIM * 2 + 3 * 12 * _SIZE * _DIM * 2 + 1024
 _LONG = 1024  # tokens that tables have room for, from which on programs for a third of the processors are too few
 _TYPES = (*[ctypes.c_void_p] * 10, ctypes.c_float, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int)
 
@@ -124,7 +122,7 @@ def compiled(text: str, told: list[str]) -> tuple[bytes, str]:
 
 @functools.cache
 def _kernel(device: int, group: int, kv_heads: int, width: int) -> Any | None:
-    """The loaded function; None where it cannot be had, which is said once for each shape."""
+    """The loaded function; None where it cannot be had, which is said once for each reason."""
     try:
         from cuda.bindings import driver
 
