@@ -173,6 +173,7 @@ inline u32 given_by(u32 mine, int lane) {
   warp.meet.arrive_and_wait();
   return theirs;
 }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __shfl_xor_sync(u32, float x, int by) {
   return __uint_as_float(given_by(bits(x), threadIdx.x % 32 ^ by));
 }
@@ -194,12 +195,12 @@ inline void hold(float (&)[N]) {}
 inline int row_of(int i) { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * (i >> 1 & 1); }
 inline int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + (i & 1); }
 
-inline void scores(float* d, u64 a, u64 b) {  // a [64, 16], b [96, 16]: by lines both
-  for (int i = 0; i < 48; i++)
+inline void scores(float* d, u64 a, u64 b) {  // a [64, 16], b [keys of a pass, 16]: by lines both
+  for (int i = 0; i < 16 * AT_ONCE; i++)
     for (int k = 0; k < 16; k++) d[i] += element(a, row_of(i), k) * element(b, column_of(i), k);
 }
 inline void scores_begin(float* d, u64 a, u64 b) {
-  for (int i = 0; i < 48; i++) d[i] = 0.f;
+  for (int i = 0; i < 16 * AT_ONCE; i++) d[i] = 0.f;
   scores(d, a, b);
 }
 inline void mix(float* d, const u32* a, u64 b) {  // a in registers, b [16, 64] by lines

@@ -28,11 +28,10 @@ _log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _ARCHITECTURE = "sm_90a"
 
-_DIM, _SIZE, _ROWS, _THREADS = 64, 32, 64, 384  # as in the kernel
-# Bytes of queries, of three rings, and to begin at a multiple of 1024.
-_SHARED = _ROWS * _DIM * 2 + 3 * 12 * _SIZE * _DIM * 2 + 1024
+_SIZE, _ROWS, _THREADS = 32, 64, 384  # as in the kernel
+_AT_ONCE = {64: 3, 128: 2}  # blocks of a pass, by numbers of a head: as many as there is memory for twice
 _LONG = 1024  # tokens that tables have room for, from which on programs for a third of the processors are too few
-_TYPES = (*[ctypes.c_void_p] * 10, ctypes.c_float, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int)
+_TYPES = (*[ctypes.c_void_p] * 12, *[ctypes.c_float] * 2, *[ctypes.c_uint64] * 2, ctypes.c_int)
 
 
 def _product(name: str, columns: int, *, left: str, keep: bool, transposed: bool) -> str:
@@ -57,20 +56,28 @@ def _product(name: str, columns: int, *, left: str, keep: bool, transposed: bool
 
 
 @functools.cache
-def source() -> str:
-    """The kernel's CUDA C++."""
+def source(dim: int) -> str:
+    """The kernel's CUDA C++, for heads of ``dim`` numbers."""
+    keys = _AT_ONCE[dim] * _SIZE
     products = (
-        _product("scores_begin", 96, left="shared", keep=False, transposed=False),
-        _product("scores", 96, left="shared", keep=True, transposed=False),
+        _product("scores_begin", keys, left="shared", keep=False, transposed=False),
+        _product("scores", keys, left="shared", keep=True, transposed=False),
         _product("mix", 64, left="registers", keep=True, transposed=True),
     )
     kernel = (_HERE / "step_attention.cu").read_text("utf-8")
     return "\n".join([(_HERE / "hopper.cuh").read_text("utf-8"), *products, kernel])
 
 
-def options(group: int, kv_heads: int, width: int) -> list[str]:
-    """What the compiler is told: ``group`` queries of a token share a key head, rows have ``width`` tokens."""
-    return [f"--gpu-architecture={_ARCHITECTURE}", f"-DG={group}", f"-DKV={kv_heads}", f"-DWIDTH={width}"]
+def options(dim: int, group: int, kv_heads: int, width: int, *, norm: bool = False) -> list[str]:
+    """What the compiler is told: heads have ``dim`` numbers and perhaps norms, ``group`` queries of a token share a key
+    head, rows have ``width`` tokens."""
+    macros = {"D": dim, "G": group, "KV": kv_heads, "WIDTH": width, "AT_ONCE": _AT_ONCE[dim], "NORM": int(norm)}
+    return [f"--gpu-architecture={_ARCHITECTURE}", *(f"-D{name}={value}" for name, value in macros.items())]
+
+
+def _shared(dim: int) -> int:
+    """Bytes of shared memory: queries, three rings of two passes of keys and values, and to begin at a multiple."""
+    return _ROWS * dim * 2 + 3 * 4 * _AT_ONCE[dim] * _SIZE * dim * 2 + 1024
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
@@ -121,17 +128,17 @@ def compiled(text: str, told: list[str]) -> tuple[bytes, str]:
 
 
 @functools.cache
-def _kernel(device: int, group: int, kv_heads: int, width: int) -> Any | None:
+def _kernel(device: int, dim: int, group: int, kv_heads: int, width: int, norm: bool) -> Any | None:
     """The loaded function; None where it cannot be had, which is said once for each reason."""
     try:
         from cuda.bindings import driver
 
         with torch.cuda.device(device):
-            code, _ = compiled(source(), options(group, kv_heads, width))
+            code, _ = compiled(source(dim), options(dim, group, kv_heads, width, norm=norm))
             function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(code)), b"step_attention"))
             kinds = driver.CUfunction_attribute
             for kind, value in (
-                (kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _SHARED),
+                (kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _shared(dim)),
                 (kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # see layer_kernels.carved
             ):
                 _checked(driver.cuFuncSetAttribute(function, kind, value))
@@ -162,14 +169,16 @@ class Given(NamedTuple):
 
 class _Shape(NamedTuple):
     device: int
+    dim: int
     group: int
     kv_heads: int
     width: int
+    norm: bool
 
 
 def _shape(given: Given) -> _Shape:
-    query, keys, width = given.query, given.keys, given.width
-    return _Shape(query.get_device(), len(query) // len(keys), len(keys), width)
+    query, keys, norm = given.query, given.keys, given.rotation.q_norm is not None
+    return _Shape(query.get_device(), query.shape[2], len(query) // len(keys), len(keys), given.width, norm)
 
 
 def suits(given: Given) -> bool:
@@ -194,22 +203,24 @@ def reads(given: Given) -> bool:
     queries = width * group
     most = max((min(at + _ROWS, queries) - 1) // group - at // group + 1 for at in range(0, queries, _ROWS))
     kept = (rotation.kept_keys, rotation.kept_values)
+    norms = [x for x in (rotation.q_norm, rotation.k_norm) if x is not None]
     return (
-        all(x.dtype == torch.bfloat16 for x in (query, keys, values, pool_keys, pool_values, *kept))
+        all(x.dtype == torch.bfloat16 for x in (query, keys, values, pool_keys, pool_values, *kept, *norms))
         and tables.dtype == prefix_lens.dtype == torch.int32
         and rotation.cos.dtype == rotation.sin.dtype == torch.float32
-        and (dim, pool_keys.shape[2]) == (_DIM, _SIZE)
-        and rotation.q_norm is None
+        and dim in _AT_ONCE
+        and pool_keys.shape[2] == _SIZE
         and len(tables) * width == tokens
         and most <= _SIZE  # tokens whose queries one block of threads has
         # One token's products lie side by side, and so do one block's keys.
         and all(x.stride() == (dim, line, 1) for x in (query, keys, values))
-        and query.data_ptr() % 16 == 0
+        and len(norms) in (0, 2)
+        and all(x.data_ptr() % 16 == 0 for x in (query, *norms))
         and keys.data_ptr() - query.data_ptr() == heads * dim * element
         and values.data_ptr() - keys.data_ptr() == kv_heads * dim * element
         and pool_keys.stride()[1:] == (_SIZE * dim, dim, 1)
         and pool_values.stride() == pool_keys.stride()
-        and all(x.is_contiguous() for x in (tables, prefix_lens, rotation.cos, rotation.sin, *kept))
+        and all(x.is_contiguous() for x in (tables, prefix_lens, rotation.cos, rotation.sin, *kept, *norms))
     )
 
 
@@ -229,7 +240,7 @@ def step_attention(given: Given, scaling: float) -> torch.Tensor:
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = len(tables) * -(-width * shape.group // _ROWS), len(keys), 1
     config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS, 1, 1
-    config.sharedMemBytes = _SHARED
+    config.sharedMemBytes = _shared(dim)
     config.hStream = torch.cuda.current_stream(query.device).cuda_stream
     early = driver.CUlaunchAttribute()
     early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -237,11 +248,12 @@ def step_attention(given: Given, scaling: float) -> torch.Tensor:
     value.programmaticStreamSerializationAllowed = 1
     early.value = value
     config.attrs, config.numAttrs = [early], 1
+    norms = (0 if norm is None else norm.data_ptr() for norm in (rotation.q_norm, rotation.k_norm))
     values = (
         query.data_ptr(), pool_keys.data_ptr(), pool_values.data_ptr(), tables.data_ptr(), prefix_lens.data_ptr(),
-        out.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), rotation.kept_keys.data_ptr(),
-        rotation.kept_values.data_ptr(), scaling * 1.4426950408889634, pool_keys.stride(0), pool_keys.stride(1),
-        tables.shape[1],
+        out.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), *norms, rotation.kept_keys.data_ptr(),
+        rotation.kept_values.data_ptr(), scaling * 1.4426950408889634, rotation.eps, pool_keys.stride(0),
+        pool_keys.stride(1), tables.shape[1],
     )  # fmt: skip
     with torch.cuda.device(query.device):
         _checked(driver.cuLaunchKernelEx(config, _kernel(*shape), (values, _TYPES), 0))

@@ -9,19 +9,23 @@
 // by way of memory, and the parts take their turns at the matrix units, so that one multiplies while another takes
 // exponents.
 //
-// Macros: G queries of a token share a key head, KV key heads, WIDTH tokens a row. bfloat16, heads of 64, blocks of 32.
+// Macros: D numbers a head (64 or 128), G queries of a token share a key head, KV key heads, WIDTH tokens a row, AT_ONCE
+// blocks a pass, NORM whether heads have norms. bfloat16, blocks of 32 tokens. The matrix units read lines of 64 numbers:
+// a head of 128 is two panels.
 // hopper.cuh, which comes before, holds all that is not C++; the tests have another one, which runs on a CPU.
 
-constexpr int D = 64, SIZE = 32, PARTS = 3, ROWS = 64;
+constexpr int SIZE = 32, PARTS = 3, ROWS = 64, PANELS = D / 64;
 constexpr int HEADS = G * KV, LINE = (HEADS + 2 * KV) * D;  // raw products of a token: queries, keys, values
 constexpr int QUERIES = WIDTH * G;                          // of a row and key head
 constexpr int GROUPS = (QUERIES + ROWS - 1) / ROWS;
 constexpr int THREADS = PARTS * 128;
-constexpr int BLOCK = SIZE * D * 2;     // bytes of a block's keys, or values
-constexpr int AT_ONCE = 3;              // blocks of a pass
-constexpr int HALF = AT_ONCE * BLOCK;   // a part's ring: keys of two passes side by side, then their values
+constexpr int BLOCK = SIZE * 128;        // bytes of a block's keys, or values, in a panel
+constexpr int PANEL = AT_ONCE * BLOCK;
+constexpr int HALF = PANELS * PANEL;     // a part's ring: keys of two passes side by side, then their values
 constexpr int PART = 4 * HALF;
-constexpr int QUERY_BYTES = ROWS * D * 2;
+constexpr int QUERY_PANEL = ROWS * 128, QUERY_BYTES = PANELS * QUERY_PANEL;
+constexpr int TEAM = D / 16;             // threads of a line of queries: each has eight numbers of each rotary half
+constexpr int LINES = 16 / PANELS;       // of a block, by 128 threads at once
 constexpr int PITCH = D + 8;            // of a part's sums, so that no two threads of a warp meet in a bank
 constexpr float UNSEEN = -1e30f;        // finite: less another one it is a number
 static_assert(ROWS * PITCH * 4 <= PART, "a part's sums lie where its ring was");
@@ -29,23 +33,38 @@ static_assert(ROWS * PITCH * 4 <= PART, "a part's sums lie where its ring was");
 // Barriers by number: 0 everybody's, then one a part, then one a turn.
 constexpr int PART_BARRIER = 1, TURN_BARRIER = PART_BARRIER + PARTS;
 
-// Sixteen elements of a head in packed pairs, eight of each rotary half: rotates them.
-__device__ __forceinline__ void rotate(uint4& lo, uint4& hi, const float* cos, const float* sin) {
+// Sixteen numbers of a head in packed pairs, eight of each rotary half: rotates them, after the head's RMSNorm (by this
+// weight of theirs) where the model has one.
+__device__ __forceinline__ void rotate(uint4& lo, uint4& hi, const float* cos, const float* sin, const uint4& weight_lo,
+                                       const uint4& weight_hi, float eps) {
   u32 *a = (u32*)&lo, *b = (u32*)&hi;
+  const u32 *u = (const u32*)&weight_lo, *v = (const u32*)&weight_hi;
+  float factor = 0.f;
+  if (NORM) {
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      squares += low(a[i]) * low(a[i]) + high(a[i]) * high(a[i]) + low(b[i]) * low(b[i]) + high(b[i]) * high(b[i]);
+#pragma unroll
+    for (int by = 1; by < TEAM; by *= 2) squares += __shfl_xor_sync(~0u, squares, by);
+    factor = rsqrtf(squares * (1.f / D) + eps);
+  }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float x0 = low(a[i]), x1 = high(a[i]), y0 = low(b[i]), y1 = high(b[i]);
+    float x0 = low(a[i]), x1 = high(a[i]), y0 = low(b[i]), y1 = high(b[i]);
+    if (NORM) x0 *= factor * low(u[i]), x1 *= factor * high(u[i]), y0 *= factor * low(v[i]), y1 *= factor * high(v[i]);
     a[i] = pack(x0 * cos[2 * i] - y0 * sin[2 * i], x1 * cos[2 * i + 1] - y1 * sin[2 * i + 1]);
     b[i] = pack(y0 * cos[2 * i] + x0 * sin[2 * i], y1 * cos[2 * i + 1] + x1 * sin[2 * i + 1]);
   }
 }
 
 // No more registers than leave room for a block of the product in front.
-extern "C" __global__ void __maxnreg__(144)
+extern "C" __global__ void __maxnreg__(D == 64 ? 144 : 168)
 step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __restrict__ pool_v,
                const int* __restrict__ tables, const int* __restrict__ lengths, bf16* __restrict__ out,
-               const float* __restrict__ cosines, const float* __restrict__ sines, bf16* __restrict__ kept_k,
-               bf16* __restrict__ kept_v, float scale, u64 stride_block, u64 stride_head, int columns) {
+               const float* __restrict__ cosines, const float* __restrict__ sines, const bf16* __restrict__ norm_q,
+               const bf16* __restrict__ norm_k, bf16* __restrict__ kept_k, bf16* __restrict__ kept_v, float scale,
+               float eps, u64 stride_block, u64 stride_head, int columns) {
   DYNAMIC_SHARED(raw);
   __shared__ float2 stats[PARTS][ROWS];  // greatest score, sum of weights
   const u32 base = (shared_at(raw) + 1023) & ~1023u;
@@ -61,7 +80,8 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
 
   const int* table = tables + row * columns - 1;
   const u64 from_mine = head * stride_head + mine * 8;
-  const u32 to_mine = (mine >> 3) * 128 + (((mine & 7) ^ ((mine >> 3) & 7)) * 16);
+  const int line = mine / (8 * PANELS);
+  const u32 to_mine = mine / 8 % PANELS * PANEL + line * 128 + (((mine & 7) ^ (line & 7)) * 16);
   auto find = [&](int pass, int* found) {
 #pragma unroll
     for (int b = 0; b < AT_ONCE; b++) {
@@ -76,13 +96,13 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
       if (found[b] >= 0) {
         const u64 from = found[b] * stride_block + from_mine;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          bring(to + i * 2048, pool_k + from + i * 1024);
-          bring(to + 2 * HALF + i * 2048, pool_v + from + i * 1024);
+        for (int i = 0; i < SIZE / LINES; i++) {
+          bring(to + i * LINES * 128, pool_k + from + i * 1024);
+          bring(to + 2 * HALF + i * LINES * 128, pool_v + from + i * 1024);
         }
       } else if (part + pass + b > 0) {  // past the end: values of no weight, which must be finite
 #pragma unroll
-        for (int i = 0; i < 2; i++) put(to + 2 * HALF + i * 2048, make_uint4(0, 0, 0, 0));
+        for (int i = 0; i < SIZE / LINES; i++) put(to + 2 * HALF + i * LINES * 128, make_uint4(0, 0, 0, 0));
       }
     }
     close_group();
@@ -98,47 +118,56 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
   int own[2];  // of this thread's two queries: their tokens among the row's, less the thread's first key
 #pragma unroll
   for (int i = 0; i < 2; i++) own[i] = (first + (warp & 3) * 16 + g + 8 * i) / G - token0 - c * 2;
-  const int quarter = threadIdx.x & 3;
+  const int eighths = threadIdx.x % TEAM * 8;
   float cos[8], sin[8];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const u64 at = (u64)length * (D / 2) + quarter * 8 + i * 4;
+    const u64 at = (u64)length * (D / 2) + eighths + i * 4;
     *(uint4*)(cos + 4 * i) = fresh(cosines + at);
     *(uint4*)(sin + 4 * i) = fresh(sines + at);
+  }
+  uint4 norm_lo{}, norm_hi{};
+  if (NORM) {
+    const bf16* at = (threadIdx.x < 256 ? norm_q : norm_k) + eighths;
+    norm_lo = fresh(at);
+    norm_hi = fresh(at + D / 2);
   }
 
   // Above nothing was read that the kernels in front write: see layer_kernels.py.
   await_kernel_in_front();
   let_next_come();
 
-  {
-    // Queries by the first two groups of threads, the row's own keys and values by the third; four threads a line.
-    const int which = (threadIdx.x & 255) >> 2, swizzled = (quarter ^ (which & 7)) * 16;
+  // Queries by the first two groups of threads, the row's own keys and values by the third; a team a line.
+#pragma unroll
+  for (int round = 0; round < PANELS; round++) {
+    const int which = (threadIdx.x & 255) / TEAM + round * (threadIdx.x < 256 ? 256 : 128) / TEAM;
+    const u32 first_half = which * 128 + ((eighths / 8 ^ (which & 7)) * 16);
     uint4 lo, hi;
     if (threadIdx.x < 256) {
       const int m = first + which, safe = m < QUERIES ? m : 0;
-      const bf16* at = qkv + (u64)(row * WIDTH + safe / G) * LINE + (head * G + safe % G) * D + quarter * 8;
+      const bf16* at = qkv + (u64)(row * WIDTH + safe / G) * LINE + (head * G + safe % G) * D + eighths;
       lo = fresh(at);
       hi = fresh(at + D / 2);
-      rotate(lo, hi, cos, sin);
-      put(base + which * 128 + swizzled, lo);
-      put(base + which * 128 + (swizzled ^ 64), hi);
+      rotate(lo, hi, cos, sin, norm_lo, norm_hi, eps);
+      put(base + first_half, lo);
+      put(base + (PANELS == 1 ? first_half ^ 64 : first_half + QUERY_PANEL), hi);
     } else {
       const int token = token0 + which;
       const bool real = token < WIDTH;
-      const bf16* at = qkv + (u64)(row * WIDTH + (real ? token : 0)) * LINE + (HEADS + head) * D + quarter * 8;
+      const bf16* at = qkv + (u64)(row * WIDTH + (real ? token : 0)) * LINE + (HEADS + head) * D + eighths;
       lo = fresh(at);
       hi = fresh(at + D / 2);
       const uint4 v_lo = fresh(at + KV * D), v_hi = fresh(at + KV * D + D / 2);
-      rotate(lo, hi, cos, sin);
-      const u32 to = base + QUERY_BYTES + which * 128;  // the first block of part 0
-      put(to + swizzled, lo);
-      put(to + (swizzled ^ 64), hi);
-      put(to + 2 * HALF + swizzled, v_lo);
-      put(to + 2 * HALF + (swizzled ^ 64), v_hi);
+      rotate(lo, hi, cos, sin, norm_lo, norm_hi, eps);
+      const u32 to = base + QUERY_BYTES;  // the first block of part 0
+      const u32 second_half = PANELS == 1 ? first_half ^ 64 : first_half + PANEL;
+      put(to + first_half, lo);
+      put(to + second_half, hi);
+      put(to + 2 * HALF + first_half, v_lo);
+      put(to + 2 * HALF + second_half, v_hi);
       if (real) {
         // Candidates are kept: the one that is chosen is not computed again.
-        const u64 kept = ((u64)(row * WIDTH + token) * KV + head) * D + quarter * 8;
+        const u64 kept = ((u64)(row * WIDTH + token) * KV + head) * D + eighths;
         *(uint4*)(kept_k + kept) = lo;
         *(uint4*)(kept_k + kept + D / 2) = hi;
         *(uint4*)(kept_v + kept) = v_lo;
@@ -149,7 +178,7 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
   show();
   __syncthreads();
 
-  float acc[32] = {};
+  float acc[32 * PANELS] = {};
   float peak[2] = {UNSEEN, UNSEEN}, total[2] = {0.f, 0.f};
   const u64 queries = matrix(base);
   if (passes == 0) {
@@ -164,17 +193,18 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
     const u32 here = ring + (pass & 1) * HALF;
     const u64 keys = matrix(here), values = matrix(here + 2 * HALF);
     if (pass + 2 < passes) find(pass + 2, found[0]);
-    float s[48];
+    float s[16 * AT_ONCE];
     if (pass == 0 && part > 0) meet(TURN_BARRIER + part, 256);
     matrices_begin();
     scores_begin(s, queries, keys);
 #pragma unroll
-    for (int k = 1; k < 4; k++) scores(s, queries + 2 * k, keys + 2 * k);
+    for (int k = 1; k < 4 * PANELS; k++)
+      scores(s, queries + k / 4 * (QUERY_PANEL / 16) + k % 4 * 2, keys + k / 4 * (PANEL / 16) + k % 4 * 2);
     matrices_done();
     hold(s);
     if (pass == 0 && part < PARTS - 1) leave(TURN_BARRIER + part + 1, 256);
     const int index0 = part + PARTS * pass * AT_ONCE;
-    u32 p[6][4];
+    u32 p[2 * AT_ONCE][4];
     if (!idle) {
 #pragma unroll
       for (int b = 0; b < AT_ONCE; b++) {
@@ -195,7 +225,7 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
       {
         float most[2][2] = {{peak[0], s[1]}, {peak[1], s[3]}};
 #pragma unroll
-        for (int n = 0; n < 12; n++)
+        for (int n = 0; n < 4 * AT_ONCE; n++)
 #pragma unroll
           for (int i = 0; i < 4; i++) most[i / 2][i % 2] = fmaxf(most[i / 2][i % 2], s[n * 4 + i]);
 #pragma unroll
@@ -212,7 +242,7 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
         peak[i] = top[i];
       }
 #pragma unroll
-      for (int n = 0; n < 12; n++)
+      for (int n = 0; n < 4 * AT_ONCE; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const float x = exp2_(s[n * 4 + 2 * i] * scale - shift[i]);
@@ -224,16 +254,18 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
       for (int i = 0; i < 2; i++) total[i] = total[i] * shrink[i] + sum[i][0] + sum[i][1];
       if (pass > 0) {
 #pragma unroll
-        for (int t = 0; t < 32; t++) acc[t] *= shrink[(t >> 1) & 1];
+        for (int t = 0; t < 32 * PANELS; t++) acc[t] *= shrink[(t >> 1) & 1];
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 24; i++) p[i / 4][i % 4] = 0;
+      for (int i = 0; i < 8 * AT_ONCE; i++) p[i / 4][i % 4] = 0;
     }
     hold(acc);
     matrices_begin();
 #pragma unroll
-    for (int k = 0; k < 6; k++) mix(acc, p[k], values + 128 * k);
+    for (int k = 0; k < 2 * AT_ONCE; k++)
+#pragma unroll
+      for (int panel = 0; panel < PANELS; panel++) mix(acc + 32 * panel, p[k], values + panel * (PANEL / 16) + 128 * k);
     matrices_done();
     if (pass + 2 < passes) {
       meet(PART_BARRIER + part, 128);  // all of the part are done with what comes to lie here
@@ -254,13 +286,13 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
     total[i] += __shfl_xor_sync(~0u, total[i], 2);
     if (c == 0) stats[part][at] = make_float2(peak[i] * scale, total[i]);
 #pragma unroll
-    for (int t = 0; t < 8; t++)
+    for (int t = 0; t < 8 * PANELS; t++)
       *(float2*)(there + at * PITCH + t * 8 + c * 2) = make_float2(acc[t * 4 + 2 * i], acc[t * 4 + 2 * i + 1]);
   }
   __syncthreads();
 #pragma unroll 1
-  for (int item = threadIdx.x; item < (QUERIES < ROWS ? QUERIES : ROWS) * 8; item += THREADS) {
-    const int at = item >> 3, eighth = item & 7, m = first + at;
+  for (int item = threadIdx.x; item < (QUERIES < ROWS ? QUERIES : ROWS) * (D / 8); item += THREADS) {
+    const int at = item / (D / 8), piece = item % (D / 8), m = first + at;
     float top = stats[0][at].x, weight[PARTS], sum = 0.f;
 #pragma unroll
     for (int i = 1; i < PARTS; i++) top = fmaxf(top, stats[i][at].x);
@@ -271,10 +303,10 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
     }
     const float by = __fdividef(1.f, sum);
     if (m < QUERIES) {
-      bf16* to = out + ((u64)(row * WIDTH + m / G) * HEADS + head * G + m % G) * D + eighth * 4;
+      bf16* to = out + ((u64)(row * WIDTH + m / G) * HEADS + head * G + m % G) * D + piece * 4;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float* sums = (const float*)(shared + QUERY_BYTES) + at * PITCH + half * (D / 2) + eighth * 4;
+        const float* sums = (const float*)(shared + QUERY_BYTES) + at * PITCH + half * (D / 2) + piece * 4;
         float4 mean = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
