@@ -39,7 +39,7 @@ def modes(metrics: Mapping[str, Any]) -> str:
         if rows:
             head = ["mode", "length score", "within 5 %", "text cost (nats)", "cost, targets of 64+", "forced stops",
                     "natural ends", "empty", "rep-4"]  # fmt: skip
-            parts.append(f"**{_words(kind)}**{_earlier(metrics, kind)}\n\n" + table(head, rows))
+            parts.append(f"**{_words(kind)}**{_run_of(metrics, kind)}\n\n" + table(head, rows))
     return "\n\n".join(parts)
 
 
@@ -55,7 +55,7 @@ def gates(metrics: Mapping[str, Any]) -> str:
             if (found := front.get(name)) is not None:
                 rows.append(
                     [
-                        f"{_words(kind)}{of}{_earlier(metrics, kind)}", words, number(ours["ls"]),
+                        f"{_words(kind)}{of}", words, number(ours["ls"]),
                         number(ours["kl_per_sequence"]), number(found["ls"]), number(found["kl_per_sequence"]),
                         change(found["posterior_minus_gate"]),
                     ]
@@ -106,9 +106,9 @@ def _targets(metrics: Mapping[str, Any], suffix: str) -> str:
     return f"{told}\n\n{table(head, rows)}"
 
 
-def _earlier(metrics: Mapping[str, Any], kind: str) -> str:
+def _run_of(metrics: Mapping[str, Any], kind: str) -> str:
     made = dig(metrics, "made", kind)
-    return "" if made is None else f" (of an earlier run: commit {made['commit']}, {made['date'][:10]})"
+    return "" if made is None else f" (a run of its own: commit {made['commit']}, {made['date'][:10]})"
 
 
 def _words(name: str) -> str:
