@@ -162,9 +162,10 @@ def test_as_softmax_over_prefix_and_oneself(built: tuple[ctypes.CDLL, Shape], at
             torch.testing.assert_close(out[token].float(), (weights @ v)[:, 0], atol=0.015, rtol=0.015)
 
 
-def test_no_thread_reads_what_another_may_still_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dim", [64, 128])
+def test_no_thread_reads_what_another_may_still_write(dim: int, tmp_path: Path) -> None:
     options = ["-O1", "-g", "-fsanitize=thread"]
-    checked = build(tmp_path, RUN + MAIN, Shape(64, 3, 1, 4, True, ()), *options)
+    checked = build(tmp_path, RUN + MAIN, Shape(dim, 3, 1, 4, True, ()), *options)
     done = subprocess.run([checked], capture_output=True, text=True, check=False, timeout=300)
     if "FATAL: ThreadSanitizer" in done.stderr:
         pytest.skip(f"the thread sanitizer does not run here: {done.stderr.splitlines()[0]}")

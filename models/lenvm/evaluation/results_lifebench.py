@@ -108,7 +108,7 @@ def _targets(metrics: Mapping[str, Any], suffix: str) -> str:
 
 def _run_of(metrics: Mapping[str, Any], kind: str) -> str:
     made = dig(metrics, "made", kind)
-    return "" if made is None else f" (a run of its own: commit {made['commit']}, {made['date'][:10]})"
+    return "" if made is None else f" (reported at commit {made['commit']}, {made['date'][:10]})"
 
 
 def _words(name: str) -> str:

@@ -29,7 +29,8 @@ _HERE = Path(__file__).parent
 _ARCHITECTURE = "sm_90a"
 
 _SIZE, _ROWS, _THREADS = 32, 64, 384  # as in the kernel
-_AT_ONCE = {64: 3, 128: 2}  # blocks of a pass, by numbers of a head: as many as there is memory for twice
+# Blocks of a pass, by numbers of a head. There is memory for two passes: of 64 beside a block of the product in front.
+_AT_ONCE = {64: 3, 128: 2}
 _LONG = 1024  # tokens that tables have room for, from which on programs for a third of the processors are too few
 _TYPES = (*[ctypes.c_void_p] * 12, *[ctypes.c_float] * 2, *[ctypes.c_uint64] * 2, ctypes.c_int)
 

@@ -2,10 +2,10 @@
 //
 // A block of threads owns up to 64 queries of one row and key head. Its three groups of 128 threads ("parts") take
 // every third block of the prefix each: scores and mixed values by the matrix units straight from shared memory, a softmax
-// that goes on from one pass of three blocks to the next (as FlashAttention has it), and in the end the parts together.
+// that goes on from one pass of some blocks to the next (as FlashAttention has it), and in the end the parts together.
 // The row's own tokens are one more block, the first of all, of which a query sees its own token alone.
 //
-// What makes it fast: two passes' blocks are on their way before the kernel in front is done, nothing is put together
+// What makes it fast: two passes' blocks are asked for before the kernel in front is waited for, nothing is put together
 // by way of memory, and the parts take their turns at the matrix units, so that one multiplies while another takes
 // exponents.
 //
@@ -58,7 +58,8 @@ __device__ __forceinline__ void rotate(uint4& lo, uint4& hi, const float* cos, c
   }
 }
 
-// No more registers than leave room for a block of the product in front.
+// Heads of 64: no more registers than leave room for a block of the product in front. Of 128 there is none, by its
+// memory: all that so many threads can have.
 extern "C" __global__ void __maxnreg__(D == 64 ? 144 : 168)
 step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __restrict__ pool_v,
                const int* __restrict__ tables, const int* __restrict__ lengths, bf16* __restrict__ out,
