@@ -77,7 +77,8 @@ def options(dim: int, group: int, kv_heads: int, width: int, *, norm: bool = Fal
 
 
 def _shared(dim: int) -> int:
-    """Bytes of shared memory: queries, three rings of two passes of keys and values, and to begin at a multiple."""
+    """Bytes of shared memory: queries, three rings of two passes of keys and values, and to begin at a multiple of
+    1,024."""
     return _ROWS * dim * 2 + 3 * 4 * _AT_ONCE[dim] * _SIZE * dim * 2 + 1024
 
 

@@ -119,17 +119,17 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
   int own[2];  // of this thread's two queries: their tokens among the row's, less the thread's first key
 #pragma unroll
   for (int i = 0; i < 2; i++) own[i] = (first + (warp & 3) * 16 + g + 8 * i) / G - token0 - c * 2;
-  const int eighths = threadIdx.x % TEAM * 8;
+  const int offset = threadIdx.x % TEAM * 8;  // of this thread's numbers in either rotary half
   float cos[8], sin[8];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const u64 at = (u64)length * (D / 2) + eighths + i * 4;
+    const u64 at = (u64)length * (D / 2) + offset + i * 4;
     *(uint4*)(cos + 4 * i) = fresh(cosines + at);
     *(uint4*)(sin + 4 * i) = fresh(sines + at);
   }
   uint4 norm_lo{}, norm_hi{};
   if (NORM) {
-    const bf16* at = (threadIdx.x < 256 ? norm_q : norm_k) + eighths;
+    const bf16* at = (threadIdx.x < 256 ? norm_q : norm_k) + offset;
     norm_lo = fresh(at);
     norm_hi = fresh(at + D / 2);
   }
@@ -142,11 +142,11 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
 #pragma unroll
   for (int round = 0; round < PANELS; round++) {
     const int which = (threadIdx.x & 255) / TEAM + round * (threadIdx.x < 256 ? 256 : 128) / TEAM;
-    const u32 first_half = which * 128 + ((eighths / 8 ^ (which & 7)) * 16);
+    const u32 first_half = which * 128 + ((offset / 8 ^ (which & 7)) * 16);
     uint4 lo, hi;
     if (threadIdx.x < 256) {
       const int m = first + which, safe = m < QUERIES ? m : 0;
-      const bf16* at = qkv + (u64)(row * WIDTH + safe / G) * LINE + (head * G + safe % G) * D + eighths;
+      const bf16* at = qkv + (u64)(row * WIDTH + safe / G) * LINE + (head * G + safe % G) * D + offset;
       lo = fresh(at);
       hi = fresh(at + D / 2);
       rotate(lo, hi, cos, sin, norm_lo, norm_hi, eps);
@@ -155,7 +155,7 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
     } else {
       const int token = token0 + which;
       const bool real = token < WIDTH;
-      const bf16* at = qkv + (u64)(row * WIDTH + (real ? token : 0)) * LINE + (HEADS + head) * D + eighths;
+      const bf16* at = qkv + (u64)(row * WIDTH + (real ? token : 0)) * LINE + (HEADS + head) * D + offset;
       lo = fresh(at);
       hi = fresh(at + D / 2);
       const uint4 v_lo = fresh(at + KV * D), v_hi = fresh(at + KV * D + D / 2);
@@ -168,7 +168,7 @@ step_attention(const bf16* qkv, const bf16* __restrict__ pool_k, const bf16* __r
       put(to + 2 * HALF + second_half, v_hi);
       if (real) {
         // Candidates are kept: the one that is chosen is not computed again.
-        const u64 kept = ((u64)(row * WIDTH + token) * KV + head) * D + eighths;
+        const u64 kept = ((u64)(row * WIDTH + token) * KV + head) * D + offset;
         *(uint4*)(kept_k + kept) = lo;
         *(uint4*)(kept_k + kept + D / 2) = hi;
         *(uint4*)(kept_v + kept) = v_lo;
